@@ -1,0 +1,321 @@
+r"""A world small enough for a CPU, in which ExpRL's effect shows within minutes.
+
+A problem applies six operations, each +7 or *3 modulo 97, to a start value:
+
+    question    29a*3b+7c+7d*3e*3f+7=            the answer is 59
+    completion  ### a29*3=87\n### b87+7=94\n ... \n### f...=59\n\boxed{59}
+    reference   ### a29*3+7=94\n ...             two operations a line, as people skip steps
+
+The base model knows the form, and each of the 194 facts (97 values, two operations) with a
+probability of its own, between .15 and .70: one or two completions in a hundred have all six
+steps right, too few for the sparse reward. The judge is a program behind a real HTTP server
+that speaks the chat-completions protocol. `exprl.py` meets this world only as a model folder,
+JSON-lines files and a judge's URL.
+
+    python tests/toy_world.py build FOLDER --seed 0
+    python tests/toy_world.py judge --url-file FILE
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import judge_prompts  # noqa: E402
+
+MODULUS, LABELS, OPERATIONS = 97, "abcdef", ("+7", "*3")
+
+# --------------------------------------------------------------------------------------------------
+# Problems
+
+
+def apply(operation: str, value: int) -> int:
+    """One operation, modulo 97."""
+    return (value + 7 if operation == "+7" else value * 3) % MODULUS
+
+
+def make_row(start: int, operations: list[str]) -> dict[str, str]:
+    """A problem with its reference (three lines of two operations) and its answer."""
+    rows = "".join(map("".join, zip(LABELS, operations, strict=True)))
+    values = [start]
+    for operation in operations:
+        values.append(apply(operation, values[-1]))
+    lines = [
+        f"### {LABELS[i]}{values[i]:02d}{operations[i]}{operations[i + 1]}={values[i + 2]:02d}"
+        for i in range(0, len(operations), 2)
+    ]
+    reference = "\n".join([*lines, rf"\boxed{{{values[-1]:02d}}}"])
+    answer = f"{values[-1]:02d}"
+    return {"question": f"{start:02d}{rows}=", "reference": reference, "answer": answer}
+
+
+def make_rows(seed: int, n_train: int, n_held_out: int) -> tuple[list[dict], list[dict]]:
+    """Disjoint training and held-out problems."""
+    codes = random.Random(seed).sample(range(MODULUS * 2 ** len(LABELS)), n_train + n_held_out)
+    rows = []
+    for code in codes:
+        start, bits = divmod(code, 2 ** len(LABELS))
+        rows.append(make_row(start, [OPERATIONS[bits >> i & 1] for i in range(len(LABELS))]))
+    return rows[:n_train], rows[n_train:]
+
+
+def write_trace(question: str, compute) -> str:
+    """The completion of somebody who computes with `compute(operation, value)`."""
+    value, lines = int(question[:2]), []
+    for label, operation in re.findall(r"([a-f])(\+7|\*3)", question):
+        result = compute(operation, value)
+        lines.append(f"### {label}{value:02d}{operation}={result:02d}")
+        value = result
+    return "\n".join([*lines, rf"\boxed{{{value:02d}}}"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The base model
+
+
+def make_tokenizer():
+    """One token for each number, label, operation and mark."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", "### ", "=", "\n", r"\boxed{", "}", *LABELS, *OPERATIONS]
+    words += [f"{value:02d}" for value in range(MODULUS)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    pattern = Regex(r"### |\\boxed\{|\d\d|\+7|\*3|[\s\S]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        # no word of the instruction is in the vocabulary, so the template keeps the question alone
+        chat_template="{% for m in messages %}{{ m.content.split('\n\n')[-1] }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
+    )
+
+
+def build(folder: Path, seed: int, steps: int, n_train: int = 96, n_held_out: int = 256) -> None:
+    """Write FOLDER/base (a model folder), train.jsonl and heldout.jsonl."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    train, held_out = make_rows(seed, n_train, n_held_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("heldout", held_out)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        attention_bias=True,  # learns to copy in half the steps
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    # What the base believes of a fact: the right value with its own probability, or a wrong one.
+    facts = {}
+    for operation in OPERATIONS:
+        for value in range(MODULUS):
+            right = apply(operation, value)
+            wrong = rng.choice([v for v in range(MODULUS) if v != right])
+            facts[operation, value] = (right, wrong, rng.uniform(0.15, 0.70))
+
+    def believe(operation: str, value: int) -> int:
+        right, wrong, probability = facts[operation, value]
+        return right if rng.random() < probability else wrong
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps, pct_start=0.1)
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        ids = []
+        for _ in range(32):
+            operations = rng.choices(OPERATIONS, k=len(LABELS))
+            question = make_row(rng.randrange(MODULUS), operations)["question"]
+            ids.append(tokenizer(question + write_trace(question, believe) + "<eos>").input_ids)
+        batch = torch.tensor(ids)  # all have the same length
+        labels = batch.clone()
+        labels[:, : len(tokenizer(question).input_ids)] = -100
+        loss = model(input_ids=batch, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % max(1, steps // 5) == 0:
+            now = time.monotonic() - started
+            print(f"base model: step {step} of {steps}, loss {loss:.3f}, {now:.0f} s", flush=True)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder / "base.partial")
+    tokenizer.save_pretrained(folder / "base.partial")
+    (folder / "base.partial").rename(folder / "base")
+
+
+# --------------------------------------------------------------------------------------------------
+# The judge
+
+
+def step_score(question: str, reference: str, step: str, position: int | None, last: bool) -> int:
+    """5 if the step is right, else 1: carried to the reference's next checkpoint, its value agrees.
+
+    Both operations are one-to-one modulo 97, so the reference's three values check all six steps.
+    The last step is right only with the right final answer.
+    """
+    operations = re.findall(r"([a-f])(\+7|\*3)", question)
+    stated = re.match(r"### ([a-f])(\d\d)(\+7|\*3)=(\d\d)\n?(.*)", step, re.DOTALL)
+    if not stated:
+        return 1
+    label, _, operation, value, rest = stated.groups()
+    index = LABELS.index(label)
+    if operations[index] != (label, operation) or position not in (None, index):
+        return 1
+    checkpoints = re.findall(r"=(\d\d)", reference)
+    value, at = int(value), index // 2
+    for _, following in operations[index + 1 : 2 * at + 2]:
+        value = apply(following, value)
+    if value != int(checkpoints[at]):
+        return 1
+    if index == len(LABELS) - 1:
+        return 5 if rest.strip() == rf"\boxed{{{checkpoints[-1]}}}" else 1
+    return 1 if last or rest.strip() else 5
+
+
+def reply_to(messages: list[dict]) -> str:
+    """The toy judge's reply to one of the prompts of judge_prompts.py."""
+    system, user = messages[0]["content"], messages[1]["content"]
+    kinds = judge_prompts.SYSTEM["math"]
+    kind = next(k for k, text in kinds.items() if system.startswith(text.split("\n")[0]))
+    question = re.search(r"## Problem\n(.*)", user)[1]
+    reference = re.search(r"## Reference solution\n(.*?)\n(?:\n## |$)", user, re.DOTALL)[1]
+    if kind == "rubric":
+        return "\n".join(f"- reaches {value}" for value in re.findall(r"=(\d\d)", reference))
+    fenced = re.findall(r"^<([a-z]+-\d+-[0-9a-f]{8})>\n(.*?)\n</\1>", user, re.DOTALL | re.M)
+    texts = [text for _, text in fenced]
+    if kind == "outcome":
+        texts = [text for text in re.split(r"^(?=### )", texts[0], flags=re.MULTILINE) if text]
+    ends_at = len(texts) - 1 if kind == "together" else None  # where the attempt is known to end
+    places = [(None, texts[0])] if kind == "alone" else list(enumerate(texts))
+    scores = [
+        step_score(question, reference, text, position, ends_at is not None and position == ends_at)
+        for position, text in places
+    ]
+    if kind == "outcome":  # how many of the three checkpoints are reached one after the other
+        right = next((t for t, score in enumerate(scores) if score == 1), len(scores))
+        return f"{right} steps in a row are right.\nScore: {1 + int(4 * (right // 2) / 3)}"
+    if kind == "together":
+        return "\n".join(f"Step {t}: {score}" for t, score in enumerate(scores, 1))
+    return f"Checked the last step.\nScore: {scores[-1]}"
+
+
+class ChatServer(ThreadingHTTPServer):
+    """A chat-completions server on 127.0.0.1 and a free port; `answer(request)` makes each reply.
+
+    `answer` returns a string (the reply's content) or (status, body) to misbehave on purpose.
+    `requests` keeps what was asked.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, answer):
+        self.answer, self.requests = answer, []
+        super().__init__(("127.0.0.1", 0), ChatHandler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class ChatHandler(BaseHTTPRequestHandler):
+    """GET /v1/models and POST /v1/chat/completions."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    disable_nagle_algorithm = True
+
+    def log_message(self, *arguments):
+        """Not a line for each request."""
+
+    def do_GET(self):
+        self.reply(200, {"object": "list", "data": [{"id": "toy-judge", "object": "model"}]})
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request["authorization"] = self.headers["Authorization"]
+        self.server.requests.append(request)
+        content = self.server.answer(request)
+        if isinstance(content, tuple):
+            self.reply(*content)
+            return
+        letters = sum(len(message["content"]) for message in request["messages"])
+        usage = {"prompt_tokens": letters // 4, "completion_tokens": len(content) // 4}
+        usage["total_tokens"] = sum(usage.values())
+        message = {"role": "assistant", "content": content}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self.reply(200, {
+            "id": "toy", "object": "chat.completion", "created": 0, "model": request["model"],
+            "choices": [choice], "usage": usage,
+        })  # fmt: skip
+
+    def reply(self, status: int, body: dict | str) -> None:
+        kind = "text/html" if isinstance(body, str) else "application/json"
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        self.wfile.flush()
+
+
+def serve(url_file: Path) -> None:
+    """Run the toy judge until the process that started it is gone."""
+    server = ChatServer(lambda request: reply_to(request["messages"]))
+    partial = url_file.with_suffix(".partial")
+    partial.write_text(server.url, encoding="utf-8")
+    partial.rename(url_file)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.5)
+        server.requests.clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("build")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--steps", type=int, default=1000)
+    sub = commands.add_parser("judge")
+    sub.add_argument("--url-file", type=Path, required=True)
+    args = parser.parse_args()
+    if args.command == "build":
+        build(args.folder, args.seed, args.steps)
+    else:
+        serve(args.url_file)
+
+
+if __name__ == "__main__":
+    main()

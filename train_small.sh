@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# ExpRL end to end, and its control. Killed or stopped, the same command goes on where it was.
+#   bash train_small.sh                 the toy world: CPU, no key, no download but the packages
+#   bash train_small.sh Qwen2.5-0.5B    the same on GSM8K, for one GPU; the judge is OpenAI's (set
+#                                       OPENAI_API_KEY) or your own (set JUDGE_URL and JUDGE_MODEL)
+# STAGE1 and STAGE2 in the environment change the numbers of steps, RUNS the folder of the runs.
+set -euo pipefail
+cd "$(dirname "$0")"
+. tests/setup.sh
+
+heading() { printf '\n== %s\n' "$*"; }
+exprl() { "$python" exprl.py "$@"; }
+
+if [ $# -eq 0 ]; then
+  runs=${RUNS:-runs/toy} stage1=${STAGE1:-120} stage2=${STAGE2:-60} base=$runs/base problems=$runs/train.jsonl
+  export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1  # a model this small runs on one core
+  unset OPENAI_API_KEY OPENAI_BASE_URL
+  heading "toy world: problems and base model ($runs); about 6 minutes in all on 2 cores"
+  [ -d "$base" ] || "$python" tests/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}"
+  rm -f "$runs/judge.url"
+  "$python" tests/toy_world.py judge --url-file "$runs/judge.url" &
+  judge_process=$!
+  trap 'kill $judge_process 2>/dev/null || true' EXIT
+  for _ in $(seq 300); do
+    [ -f "$runs/judge.url" ] && break
+    sleep 0.1
+  done
+  [ -f "$runs/judge.url" ] || { echo "the toy judge did not start within 30 seconds" >&2; exit 1; }
+  judge=(--judge-url "$(cat "$runs/judge.url")" --judge-model toy-judge)
+  sampling=(--temperature 1 --max-new-tokens 60 --sample-batch 256)
+  held_out=(--data "$runs/heldout.jsonl" --problems 0 --samples 8 --out "$runs/eval")
+  train=(--lr 4e-4 --kl 0.02 --updates-per-batch 2 --micro-batch 64 --save-every 20)
+else
+  runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1
+  problems=$runs/hard.jsonl
+  judge=(--judge-url "${JUDGE_URL:-}" --judge-model "${JUDGE_MODEL:-gpt-4.1-mini}")
+  sampling=(--max-new-tokens "${MAX_NEW_TOKENS:-512}")
+  held_out=(--data "${HELD_OUT:-gsm8k}" --problems "${PROBLEMS:-200}" --samples 8 --out "$runs/eval")
+  train=(--save-every 20)
+  if [ ! -f "$problems" ]; then
+    heading "the problems that the base model fails (training is on these)"
+    exprl eval --model "$base" --data "${TRAIN:-gsm8k}" --split train --problems "${TRAIN_PROBLEMS:-1000}" \
+      --samples 4 --save-hard "$problems" --out "$runs/eval-train" "${sampling[@]}"
+  fi
+fi
+train+=(--data "$problems" --resume)
+
+heading "1/5 the base model, on held-out problems"
+exprl eval --model "$base" "${held_out[@]}" "${sampling[@]}"
+heading "2/5 stage 1: ExpRL-Process, $stage1 steps. The judge reads the references, the policy does not"
+exprl train --method process --model "$base" --out "$runs/process" --steps "$stage1" \
+  "${train[@]}" "${sampling[@]}" "${judge[@]}"
+heading "3/5 stage 2: sparse reward, $stage2 steps, from the primed model"
+exprl train --method sparse --model "$runs/process/final" --out "$runs/process-then-sparse" \
+  --steps "$stage2" "${train[@]}" "${sampling[@]}"
+heading "4/5 the control: sparse reward from the base model, $((stage1 + stage2)) steps"
+exprl train --method sparse --model "$base" --out "$runs/sparse-only" --steps $((stage1 + stage2)) \
+  "${train[@]}" "${sampling[@]}"
+heading "5/5 all of them, on held-out problems"
+exprl plot "$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" --out "$runs/curves.png"
+exprl eval --model "$base" "$runs/process/final" "$runs/process-then-sparse/final" \
+  "$runs/sparse-only/final" "${held_out[@]}" "${sampling[@]}"
+echo
+echo "What to look at: stage 2 and the control are the same algorithm with the same reward, and got"
+echo "as many steps in all; what differs is whether ExpRL came first. Every completion, with the"
+echo "judge's scores and its advantages, is in $runs/process/rollouts.jsonl."
+echo "Learning curves: $runs/curves.png"
