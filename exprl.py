@@ -66,7 +66,6 @@ JUDGE_OPTIONS = [  # tried in this order until the server refuses none of a set,
     {"max_completion_tokens": 2048}, {"max_tokens": 2048}]
 JUDGE_TIMEOUT, JUDGE_RETRIES = 120.0, 4  # seconds a request; repeats after 429, 5xx, a lost line
 JUDGE_ASKS = 3  # how often a judge is asked until its reply holds a score
-WARMUP_STEPS = 5  # of the learning rate
 COLUMNS = {"question": ("question", "problem", "prompt"), "reference": ("reference", "solution"),
            "answer": ("answer",)}
 DATASETS = {"gsm8k": "openai/gsm8k:main", "math": "DigitalLearningGmbH/MATH-lighteval"}
@@ -132,9 +131,9 @@ def normalise_row(record: object, needed: tuple[str, ...] = ("question", "answer
     solution, _, answer = row["answer"].rpartition("####")
     row["reference"] = row["reference"] or re.sub(r"<<.*?>>", "", solution).strip()
     row["answer"] = answer.strip() or last_boxed(row["reference"])
-    for name in needed:
-        if not row[name]:
-            raise ValueError(f"has no {name} (no column {' or '.join(COLUMNS[name])})")
+    missing = [f"{k} (no column {' or '.join(COLUMNS[k])})" for k in needed if not row[k]]
+    if missing:
+        raise ValueError(f"has no {', no '.join(missing)}")
     return row
 
 def load_rows(source: str, split: str, n: int = 0, needed: tuple = ("question", "answer")) -> list:
@@ -180,7 +179,6 @@ def find_model(name: str) -> tuple:
     is_short = owners and "/" not in name and not Path(name).is_dir()
     source = f"{owners[0]}/{name}" if is_short else name
     try:
-        AutoConfig.from_pretrained(source)
         return source, AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         stop(f"--model {name}: no folder with a model (such as RUN/final), nor on the hub: {error}")
@@ -388,35 +386,43 @@ class Judge:
     """
 
     def __init__(self, model: str, url: str, threads: int, max_calls: int, cache: Path):
-        key, url = os.environ.get("OPENAI_API_KEY"), url or os.environ.get("OPENAI_BASE_URL")
+        url = url or os.environ.get("OPENAI_BASE_URL")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not key and not url:
             stop("no judge: set OPENAI_API_KEY, or give --judge-url http://HOST:PORT/v1")
-        self.client = openai.OpenAI(base_url=url or None, api_key=key or "none",
-                                    timeout=JUDGE_TIMEOUT, max_retries=JUDGE_RETRIES)
-        self.model, self.max_calls, self.cache_path = model, max_calls, cache
-        self.name = f"the judge {model} at {self.client.base_url}"
+        if re.search(r"[^!-~]", key):
+            stop("OPENAI_API_KEY holds a character that no key has")
+        url = url or "https://api.openai.com/v1"
+        self.model, self.name = model, f"the judge {model} at {url}"
+        self.max_calls, self.cache_path = max_calls, cache
         self.options, self.asked, self.last_error = JUDGE_OPTIONS, False, ""
         self.paid = dict.fromkeys(("judge_calls", "prompt_tokens", "completion_tokens"), 0)
         self.lock, self.pool = threading.Lock(), ThreadPoolExecutor(threads)
-        cache.touch()
+        cache.open("a").write("\n")  # ends a line that a crash has torn
         self.cache = {record["key"]: record["reply"] for record in read_log(cache)}
         try:
+            self.client = openai.OpenAI(base_url=url, api_key=key or "none", timeout=JUDGE_TIMEOUT,
+                                        max_retries=JUDGE_RETRIES)
             self.client.with_options(max_retries=1, timeout=20).models.with_raw_response.list()
-        except openai.APIConnectionError as error:
-            stop(f"{self.name} cannot be reached: {error.__cause__ or error}")
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):  # else: some servers list no models
                 stop(f"{self.name} refuses the key in OPENAI_API_KEY: {error}")
+        except Exception as error:  # no connection, no URL, ...
+            stop(f"{self.name} cannot be reached: {error.__cause__ or error}")
 
     def submit(self, group: list[Completion], kind: str, with_rubric: bool) -> None:
-        """Hand the completions of one problem to the threads. The first call of all goes alone."""
-        messages = judge_messages("rubric", group[0].row)
-        rubric = self.pool.submit(self.ask, messages, parse_rubric) if with_rubric else None
+        """Hand the completions of one problem to the threads. The first request of all goes alone,
+        to find out what the server takes; equal completions share a verdict."""
+        rubric, verdicts = None, {}
+        if with_rubric:
+            messages = judge_messages("rubric", group[0].row)
+            rubric = self.pool.submit(self.ask, messages, parse_rubric)
         for c in group:
-            c.verdict = self.pool.submit(self.judge, c, kind, rubric)
-            if not self.asked:
+            key, is_first = (c.cut, *c.step_texts), not self.asked
+            verdicts[key] = verdicts.get(key) or self.pool.submit(self.judge, c, kind, rubric)
+            c.verdict = verdicts[key]
+            if is_first:
                 wait([c.verdict])
-                self.asked = True
 
     def judge(self, c: Completion, kind: str, rubric: Future | None) -> tuple:
         """(scores or None, the judge's words, checkpoints) of one completion, in a thread."""
@@ -442,8 +448,8 @@ class Judge:
         for _ in range(JUDGE_ASKS):
             try:
                 reply = self.request(messages)
-            except openai.OpenAIError as error:
-                self.last_error = str(error)
+            except Exception as error:  # of the API, or of a reply that is none
+                self.last_error = f"{type(error).__name__}: {error}"
                 return None, f"(no verdict: {error})"
             if parse(reply) is not None:
                 with self.lock:
@@ -460,7 +466,7 @@ class Judge:
         with self.lock:
             if self.max_calls and self.paid["judge_calls"] >= self.max_calls:
                 stop(f"--max-judge-calls {self.max_calls} reached: raise it and --resume to go on")
-            self.paid["judge_calls"] += 1
+            self.asked, self.paid["judge_calls"] = True, self.paid["judge_calls"] + 1
         left = self.options
         for options in left:
             try:
@@ -472,12 +478,12 @@ class Judge:
                     stop(f"{self.name}: {error}")
                 if error.status_code not in (400, 422) or options is left[-1]:
                     raise
-        self.options = [options]
         usage, choices = getattr(reply, "usage", None), getattr(reply, "choices", None)
         with self.lock:
             for name in ("prompt_tokens", "completion_tokens"):
-                self.paid[name] += getattr(usage, name, 0)
-        return (choices[0].message.content or "") if choices else ""
+                self.paid[name] += getattr(usage, name, 0) or 0
+            self.options = [options] if choices else self.options
+        return str(choices[0].message.content or "") if choices else ""
 
 # ---- Advantages ----------------------------------------------------------------------------------
 def group_advantages(rewards: torch.Tensor, valid: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -565,10 +571,8 @@ def token_logprobs(model, input_ids: torch.Tensor, attention_mask: torch.Tensor,
     def row_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # -> (T,)
         return torch.log_softmax(logits.float() / temperature, -1).gather(1, tokens[:, None])[:, 0]
 
-    recomputed = functools.partial(
-        checkpoint, row_logprobs, use_reentrant=False, preserve_rng_state=False)
     rows = zip(logits, input_ids[:, -n_completion:], strict=True)
-    return torch.stack([recomputed(*row) for row in rows])
+    return torch.stack([checkpoint(row_logprobs, *row, use_reentrant=False) for row in rows])
 
 def policy_loss(logp: torch.Tensor, logp_old: torch.Tensor, advantages: torch.Tensor,
                 mask: torch.Tensor, clip_low: float, clip_high: float,
@@ -593,14 +597,13 @@ def policy_loss(logp: torch.Tensor, logp_old: torch.Tensor, advantages: torch.Te
 def kl_to_reference(logp: torch.Tensor, logp_ref: torch.Tensor) -> torch.Tensor:
     """(B, T) k3 estimate of KL(policy || initial policy) at each sampled token, in nats, never < 0.
 
-    k3 = r - 1 - log r, r = pi_ref(y_t) / pi(y_t): over the policy's own samples its mean is the KL
-    (Schulman, "Approximating KL divergence", 2020).
+    k3 = r - 1 - log r, r = pi_ref(y_t) / pi(y_t): its mean over the policy's own samples is the KL.
 
     >>> kl_to_reference(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -1.0]]))
     tensor([[0.0000, 0.3679]])
     """
     log_r = logp_ref - logp
-    return torch.exp(log_r) - 1 - log_r
+    return torch.expm1(log_r) - log_r  # exp(x) - 1 would round to less than x
 
 # ---- Training ------------------------------------------------------------------------------------
 def collate(completions: list[Completion], model) -> dict[str, torch.Tensor]:
@@ -748,7 +751,7 @@ def train(args: argparse.Namespace) -> None:
         older, state = list(out.glob("checkpoint-*")), {"optimizer": optimizer.state_dict()}
         save_model(out / f"checkpoint-{step:06d}", model, tokenizer, state | {"paid": paid})
         for folder in older:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def hold_out(step: int) -> None:
         path = out / f"eval-{step:06d}.jsonl"
@@ -781,7 +784,7 @@ def train(args: argparse.Namespace) -> None:
                      f"when it is mended. Its last error: {judge.last_error}")
             whole = None
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, step / WARMUP_STEPS)
+                group["lr"] = args.lr * min(1.0, step / 5)  # warm-up
             metrics = {"step": step} | measure(completions, n) | paid
             metrics |= update(model, reference, optimizer, completions, args)
             clock.append(time.monotonic())
@@ -793,8 +796,7 @@ def train(args: argparse.Namespace) -> None:
                                   if key not in ("row", "verdict", "ids", "prompt_ids")}
                 for c in completions])
             whole = step
-            shown = {name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy")}
-            bar.set_postfix(shown | paid)
+            bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy")} | paid)
             if eval_rows and (step % args.eval_every == 0 or step == args.steps):
                 hold_out(step)
             if step % args.save_every == 0 or step == args.steps:
@@ -851,8 +853,8 @@ def evaluate_models(args: argparse.Namespace) -> None:
     """Evaluate models: a table of pass@1 and pass@k, and optionally the problems that one fails."""
     if args.save_hard and len(args.model) > 1:
         stop("--save-hard takes one --model: hard for whom?")
-    for folder in (Path(args.out), Path(args.save_hard).parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    Path(args.save_hard or args.out).parent.mkdir(parents=True, exist_ok=True)
     chosen, table = load_rows(args.data, args.split, args.problems), {}
     models = {name: find_model(name) for name in args.model}
     for name, (source, tokenizer) in models.items():
@@ -868,16 +870,16 @@ def evaluate_models(args: argparse.Namespace) -> None:
         print(f"{args.save_hard}: {len(hard)} of {len(rows)} problems, solved at most "
               f"{args.max_rate:.0%} of the time")
     width = max(map(len, [*table, "model"]))
-    print(f"\n{'model':{width}}" + "".join(f"{k + ', %':>20}" for k in table[name]))
+    print("\nmeans over problems, with 95% bootstrap intervals")
+    print(f"{'model':{width}}" + "".join(f"{k + ', %':>20}" for k in table[name]))
     for name, rates in table.items():
         cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*100 * np.array(r)) for r in rates.values()]
         print(f"{name:{width}}" + "".join(f"{cell:>20}" for cell in cells))
-    print("(mean over problems, 95% bootstrap interval)")
 
 # ---- Figures -------------------------------------------------------------------------------------
 def plot(args: argparse.Namespace) -> None:
     """Draw the learning curves of runs in one figure, those of stage 2 after those of stage 1."""
-    panels = {"reward": "reward", "accuracy": "exact-match accuracy (dots: held-out pass@1)",
+    panels = {"reward": "reward", "accuracy": "exact-match accuracy (dots, if any: held-out)",
               "no_signal": "groups without signal", "length": "completion length (tokens)",
               "kl": "KL to the run's initial policy (nats per token)", "cut": "completions cut"}
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
@@ -967,7 +969,6 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     subs = {name: subparsers.add_parser(name, help=run.__doc__, description=run.__doc__,
                                         allow_abbrev=False) for name, run in COMMANDS.items()}
     is_train = argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help")
-    argv = ["train", *argv] if is_train else argv
     for names, flag, default, limit, meaning in FLAGS:
         given = {"help": f"{meaning} (default: {default})" if default else meaning}
         if flag.startswith("-"):
@@ -980,7 +981,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
             given |= {"nargs": limit} if limit == "+" else {"choices": limit}
         for name in names.split():
             subs[name].add_argument(flag, **given)
-    return parser.parse_args(argv)
+    return parser.parse_args(["train", *argv] if is_train else argv)
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; without one, `train`."""

@@ -28,7 +28,7 @@ if [ $# -eq 0 ]; then
   [ -f "$runs/judge.url" ] || { echo "the toy judge did not start within 30 seconds" >&2; exit 1; }
   judge=(--judge-url "$(cat "$runs/judge.url")" --judge-model toy-judge)
   sampling=(--temperature 1 --max-new-tokens 60 --sample-batch 256)
-  held_out=(--data "$runs/heldout.jsonl" --problems 0 --samples 8 --out "$runs/eval")
+  held_out=(--data "$runs/heldout.jsonl" --problems "${PROBLEMS:-0}" --samples 8 --out "$runs/eval")
   train=(--lr 4e-4 --kl 0.02 --updates-per-batch 2 --micro-batch 64 --save-every 20)
 else
   runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1

@@ -23,16 +23,19 @@ import exprl
 
 
 # ---- completion_mask -----------------------------------------------------------------------------
-@pytest.mark.parametrize(("tokens", "expected"), [
-    ([5, 6, 2, 9], [1, 1, 1, 0]),  # the eos itself is trained on
-    ([5, 6, 2, 2], [1, 1, 1, 0]),  # pad is the same token as eos
-    ([2, 5, 6, 7], [1, 0, 0, 0]),  # empty answer
-    ([5, 3, 6, 2], [1, 1, 0, 0]),  # any eos of the set, the first that comes
-    ([5, 2, 6, 3], [1, 1, 0, 0]),
-    ([5, 6, 7, 3], [1, 1, 1, 1]),
-    ([5, 6, 7, 8], [1, 1, 1, 1]),  # cut off at the cap
-    ([0, 0, 0, 0], [1, 1, 1, 1]),  # 0 is an ordinary token
-])
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([5, 6, 2, 9], [1, 1, 1, 0]),  # the eos itself is trained on
+        ([5, 6, 2, 2], [1, 1, 1, 0]),  # pad is the same token as eos
+        ([2, 5, 6, 7], [1, 0, 0, 0]),  # empty answer
+        ([5, 3, 6, 2], [1, 1, 0, 0]),  # any eos of the set, the first that comes
+        ([5, 2, 6, 3], [1, 1, 0, 0]),
+        ([5, 6, 7, 3], [1, 1, 1, 1]),
+        ([5, 6, 7, 8], [1, 1, 1, 1]),  # cut off at the cap
+        ([0, 0, 0, 0], [1, 1, 1, 1]),  # 0 is an ordinary token
+    ],
+)
 def test_completion_mask_examples(tokens, expected):
     mask = exprl.completion_mask(torch.tensor([tokens]), {2, 3})
     assert mask.dtype == torch.bool
@@ -69,13 +72,30 @@ def make_model(name):
     """A tiny random transformer. Llama's positions are relative, GPT-2's absolute."""
     torch.manual_seed(0)
     if name == "llama":
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=16,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                initializer_range=0.3,
+            )
+        )
     else:
-        model = GPT2LMHeadModel(GPT2Config(
-            vocab_size=16, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
-            bos_token_id=0, eos_token_id=0))
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=16,
+                n_positions=32,
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                initializer_range=0.3,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
     return model.eval()
 
 
@@ -162,8 +182,10 @@ def test_token_logprobs_of_token_t_come_from_the_logits_at_t_minus_1():
     ids = torch.tensor([[3, 0, 2, 1, 1], [0, 0, 1, 3, 2]])
     for n in (1, 2, 4):  # 4: a prompt of one token
         logp = exprl.token_logprobs(Bigram(table), ids, torch.ones_like(ids), n, 0.5)
-        expected = [[(table[row[t - 1]] / 0.5).softmax(dim=0)[row[t]].log()
-                     for t in range(5 - n, 5)] for row in ids]
+        expected = [
+            [(table[row[t - 1]] / 0.5).softmax(dim=0)[row[t]].log() for t in range(5 - n, 5)]
+            for row in ids
+        ]
         torch.testing.assert_close(logp, torch.tensor(expected))
 
 
@@ -211,24 +233,33 @@ def test_token_logprobs_never_hold_all_logits_in_float32():
 
 
 # ---- split_steps ---------------------------------------------------------------------------------
-@pytest.mark.parametrize(("pieces", "expected"), [
-    ([], []),
-    (["a"], [(0, 1)]),
-    ([" ", "\n\n", ""], [(0, 3)]),  # nothing but white space
-    (["### ", "a", "=", "2", "\n", "### ", "b", "=", "3"], [(0, 5), (5, 9)]),
-    (["First", ".\n", "\n", "Then", "."], [(0, 3), (3, 5)]),
-    (["Intro", ".\n", "###", " a"], [(0, 2), (2, 4)]),  # what comes before the first ###
-    (["#", "##", " a", "\n", "##", "# b"], [(0, 4), (4, 6)]),  # a delimiter of several tokens
-    (["### ", "a", ".\n###", " b"], [(0, 2), (2, 4)]),  # a token that ends a line and starts one
-    (["### ", "a", " ### ", "b", "\nc"], [(0, 5)]),  # ### inside a line
-    (["### ", "a", "\n\n", "b", "\n\n", "### ", "c"], [(0, 5), (5, 7)]),  # ### over blank lines
-    (["a", "\n", "b", "\n", "c"], [(0, 5)]),  # one new line is no blank line
-    (["a", "\n \n", "b", "\n\n\n\n", "c"], [(0, 2), (2, 4), (4, 5)]),
-    (["###", "\n", "### ", "a", "\n", "### ", "b"], [(0, 5), (5, 7)]),  # crumb at the beginning,
-    (["\n\n", "a", "\n\n", "b"], [(0, 3), (3, 4)]),
-    (["### ", "a", "\n", "### ", "b", "\n", "###", "\n"], [(0, 3), (3, 8)]),  # at the end
-    (["a", "\n\n", "b", "\n\n", ""], [(0, 2), (2, 5)]),
-])
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([], []),
+        (["a"], [(0, 1)]),
+        ([" ", "\n\n", ""], [(0, 3)]),  # nothing but white space
+        (["### ", "a", "=", "2", "\n", "### ", "b", "=", "3"], [(0, 5), (5, 9)]),
+        (["First", ".\n", "\n", "Then", "."], [(0, 3), (3, 5)]),
+        (["Intro", ".\n", "###", " a"], [(0, 2), (2, 4)]),  # what comes before the first ###
+        (["#", "##", " a", "\n", "##", "# b"], [(0, 4), (4, 6)]),  # a delimiter of several tokens
+        (
+            ["### ", "a", ".\n###", " b"],
+            [(0, 2), (2, 4)],
+        ),  # a token that ends a line and starts one
+        (["### ", "a", " ### ", "b", "\nc"], [(0, 5)]),  # ### inside a line
+        (["### ", "a", "\n\n", "b", "\n\n", "### ", "c"], [(0, 5), (5, 7)]),  # ### over blank lines
+        (["a", "\n", "b", "\n", "c"], [(0, 5)]),  # one new line is no blank line
+        (["a", "\n \n", "b", "\n\n\n\n", "c"], [(0, 2), (2, 4), (4, 5)]),
+        (
+            ["###", "\n", "### ", "a", "\n", "### ", "b"],
+            [(0, 5), (5, 7)],
+        ),  # crumb at the beginning,
+        (["\n\n", "a", "\n\n", "b"], [(0, 3), (3, 4)]),
+        (["### ", "a", "\n", "### ", "b", "\n", "###", "\n"], [(0, 3), (3, 8)]),  # at the end
+        (["a", "\n\n", "b", "\n\n", ""], [(0, 2), (2, 5)]),
+    ],
+)
 def test_split_steps_examples(pieces, expected):
     assert list(map(tuple, exprl.split_steps(pieces))) == expected
 
@@ -285,29 +316,67 @@ def test_split_steps_covers_every_token_once():
 
 
 # ---- parse_score ---------------------------------------------------------------------------------
-@pytest.mark.parametrize(("reply", "expected"), [
-    *[(f"Score: {k}", k) for k in range(1, 6)],
-    ("Good start.\nScore: 4\n", 4),
-    ("Score: 2\nOn reflection:\nScore: 4", 4),  # the last, not the first
-    ("Score: 4\nOn reflection:\nScore: 2", 2),  # nor the largest
-    ("Score: 3\r\n\r\nThank you.", 3),  # the last line that is one, not the last line
-    ("It ends with 'Score: 5'.\nScore: 1", 1),
-    ("Score: 1\nThe attempt claims Score: 5", 1),
-    ("  Score:4  ", 4), ("SCORE: 4", 4), ("score: 4", 4),
-    ("**Score: 4**", 4), ("**Score:** 4", 4), ("Score: **4**", 4), ("*Score*: 4", 4),
-    ("Score: [4]", 4), ("[Score: 4]", 4), ("Score: (4)", 4), ("**Score: [4]**", 4),
-])
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        *[(f"Score: {k}", k) for k in range(1, 6)],
+        ("Good start.\nScore: 4\n", 4),
+        ("Score: 2\nOn reflection:\nScore: 4", 4),  # the last, not the first
+        ("Score: 4\nOn reflection:\nScore: 2", 2),  # nor the largest
+        ("Score: 3\r\n\r\nThank you.", 3),  # the last line that is one, not the last line
+        ("It ends with 'Score: 5'.\nScore: 1", 1),
+        ("Score: 1\nThe attempt claims Score: 5", 1),
+        ("  Score:4  ", 4),
+        ("SCORE: 4", 4),
+        ("score: 4", 4),
+        ("**Score: 4**", 4),
+        ("**Score:** 4", 4),
+        ("Score: **4**", 4),
+        ("*Score*: 4", 4),
+        ("Score: [4]", 4),
+        ("[Score: 4]", 4),
+        ("Score: (4)", 4),
+        ("**Score: [4]**", 4),
+    ],
+)
 def test_parse_score_reads(reply, expected):
     assert exprl.parse_score(reply) == expected
 
 
-@pytest.mark.parametrize("reply", [
-    "", "No score.", "4", "Score:", "Score: four", "Score: k", "Score 4", "Score: \n4",
-    "Score: 0", "Score: 6", "Score: 9", "Score: 10", "Score: 15", "Score: 41", "Score: 100",
-    "Score: 4.5", "Score: 4.0", "Score: -4", "Score: 4/5", "Score: 4 / 5", "Score: 3-4",
-    "Score: 4 out of 5", "Score: 4 or 5", "Score: 4 5", "Score: 5 Score: 5",
-    "The attempt says Score: 5", "> quoted: Score: 5", "My Score: 4", "Underscore: 4",
-])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "No score.",
+        "4",
+        "Score:",
+        "Score: four",
+        "Score: k",
+        "Score 4",
+        "Score: \n4",
+        "Score: 0",
+        "Score: 6",
+        "Score: 9",
+        "Score: 10",
+        "Score: 15",
+        "Score: 41",
+        "Score: 100",
+        "Score: 4.5",
+        "Score: 4.0",
+        "Score: -4",
+        "Score: 4/5",
+        "Score: 4 / 5",
+        "Score: 3-4",
+        "Score: 4 out of 5",
+        "Score: 4 or 5",
+        "Score: 4 5",
+        "Score: 5 Score: 5",
+        "The attempt says Score: 5",
+        "> quoted: Score: 5",
+        "My Score: 4",
+        "Underscore: 4",
+    ],
+)
 def test_parse_score_is_none_for_anything_else(reply):
     assert exprl.parse_score(reply) is None
 
@@ -371,13 +440,16 @@ def test_group_advantages_of_a_group_do_not_see_other_groups():
         torch.testing.assert_close([first, second], [alone, alone])
 
 
-@pytest.mark.parametrize(("rewards", "valid"), [
-    ([0.0, 1.0, 0.5], [0, 0, 0]),  # all failed
-    ([0.0, 1.0, 0.5], [0, 1, 0]),  # one valid
-    ([1.0, 1.0, 0.5], [1, 1, 0]),  # the valid ones agree
-    ([0.1, 0.1, 0.1], [1, 1, 1]),
-    ([0.7] * 10, [1] * 10),
-])
+@pytest.mark.parametrize(
+    ("rewards", "valid"),
+    [
+        ([0.0, 1.0, 0.5], [0, 0, 0]),  # all failed
+        ([0.0, 1.0, 0.5], [0, 1, 0]),  # one valid
+        ([1.0, 1.0, 0.5], [1, 1, 0]),  # the valid ones agree
+        ([0.1, 0.1, 0.1], [1, 1, 1]),
+        ([0.7] * 10, [1] * 10),
+    ],
+)
 def test_group_advantages_without_a_signal_are_zero(rewards, valid):
     got = exprl.group_advantages(torch.tensor(rewards), torch.tensor(valid).bool(), len(rewards))
     assert got.tolist() == [0] * len(rewards)
@@ -417,24 +489,30 @@ def random_rewards(rng):
     return [rng.choices(scores, k=rng.randint(1, 6)) for _ in range(rng.randint(1, 5))]
 
 
-@pytest.mark.parametrize(("rewards", "expected"), [
-    ([0.5, 1], [-0.5, 0.5]),
-    ([0.25, 0.5, 1], [-0.75, 0.25, 0.5]),
-    ([1, 1, 1], [0, 0, 0]),
-    ([1, 0.5, 0], [1, -0.5, -0.5]),
-    ([0.75], [0]),  # leaving out the delimiter pays nothing
-])
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([0.5, 1], [-0.5, 0.5]),
+        ([0.25, 0.5, 1], [-0.75, 0.25, 0.5]),
+        ([1, 1, 1], [0, 0, 0]),
+        ([1, 0.5, 0], [1, -0.5, -0.5]),
+        ([0.75], [0]),  # leaving out the delimiter pays nothing
+    ],
+)
 def test_step_advantages_delta_examples(rewards, expected):
-    assert exprl.step_advantages([rewards], "delta") == [expected]
+    assert exprl.step_advantages([list(rewards)], "delta") == [expected]
 
 
-@pytest.mark.parametrize(("rewards", "expected"), [
-    ([0.25, 0.5, 1], [-0.75, -0.5, 1]),
-    ([1, 0.5, 0], [1, 0.5, 0]),
-    ([0.75], [0.75]),
-])
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([0.25, 0.5, 1], [-0.75, -0.5, 1]),
+        ([1, 0.5, 0], [1, 0.5, 0]),
+        ([0.75], [0.75]),
+    ],
+)
 def test_step_advantages_end_examples(rewards, expected):
-    assert exprl.step_advantages([rewards], "end") == [expected]
+    assert exprl.step_advantages([list(rewards)], "end") == [expected]
 
 
 def test_step_advantages_group_example():  # means .25 and 1, each counts once: baseline .625
@@ -481,17 +559,25 @@ def test_step_advantages_refuse_another_norm(norm):
 
 
 # ---- policy_loss ---------------------------------------------------------------------------------
-@pytest.mark.parametrize(("rho", "advantage", "objective", "slope"), [
-    (1.00, 2.0, 2.00, 2.00),  # slope: the derivative of the objective by logp
-    (1.00, -2.0, -2.00, -2.00),
-    (1.25, 2.0, 2.50, 2.50),  # below 1.28: with a symmetric clip of .2 it would have no gradient
-    (1.50, 2.0, 2.56, 0.00),  # already likely enough: clipped at 1.28
-    (1.50, -2.0, -3.00, -3.00),  # a bad token that became likelier is pushed down in full
-    (0.75, -2.0, -1.60, 0.00),  # already unlikely enough: clipped at .8 (symmetric .28: at .72)
-    (0.85, -2.0, -1.70, -1.70),
-    (0.50, 2.0, 1.00, 1.00),  # a good token that became unlikely is pushed up in full
-    (1.50, 0.0, 0.00, 0.00),
-])
+@pytest.mark.parametrize(
+    ("rho", "advantage", "objective", "slope"),
+    [
+        (1.00, 2.0, 2.00, 2.00),  # slope: the derivative of the objective by logp
+        (1.00, -2.0, -2.00, -2.00),
+        (
+            1.25,
+            2.0,
+            2.50,
+            2.50,
+        ),  # below 1.28: with a symmetric clip of .2 it would have no gradient
+        (1.50, 2.0, 2.56, 0.00),  # already likely enough: clipped at 1.28
+        (1.50, -2.0, -3.00, -3.00),  # a bad token that became likelier is pushed down in full
+        (0.75, -2.0, -1.60, 0.00),  # already unlikely enough: clipped at .8 (symmetric .28: at .72)
+        (0.85, -2.0, -1.70, -1.70),
+        (0.50, 2.0, 1.00, 1.00),  # a good token that became unlikely is pushed up in full
+        (1.50, 0.0, 0.00, 0.00),
+    ],
+)
 def test_policy_loss_clips_each_side_where_it_should(rho, advantage, objective, slope):
     old = torch.tensor([[-1.5]])
     logp = (old + math.log(rho)).requires_grad_()
@@ -620,9 +706,24 @@ def test_pass_at_k_is_a_float():
         assert type(exprl.pass_at_k(4, c, 2)) is float
 
 
-@pytest.mark.parametrize(("n", "c", "k"), [
-    (4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, -1), (4, 1, 5), (0, 0, 1), (0, 0, 0), (-1, 0, 1),
-])
+@pytest.mark.parametrize(
+    ("n", "c", "k"),
+    [
+        (4, 5, 1),
+        (4, -1, 1),
+        (4, 1, 0),
+        (4, 1, -1),
+        (4, 1, 5),
+        (0, 0, 1),
+        (0, 0, 0),
+        (-1, 0, 1),
+    ],
+)
 def test_pass_at_k_refuses_bad_input(n, c, k):
     with pytest.raises(ValueError):
         exprl.pass_at_k(n, c, k)
+
+
+def test_kl_is_not_negative_where_policy_and_reference_nearly_agree():
+    x = torch.linspace(-2e-3, 2e-3, 20001)
+    assert (exprl.kl_to_reference(torch.zeros_like(x), x) >= 0).all()

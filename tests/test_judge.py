@@ -20,7 +20,6 @@ import judge_prompts  # noqa: E402
 
 WAIT = 20  # seconds, for any one verdict
 KINDS = ("outcome", "together", "prefix", "alone")
-TOP_OF_SCALE = {"outcome": "5 - very likely to arrive"} | dict.fromkeys(KINDS[1:], "5 - correct, ")
 ROW = {"question": r"What is \frac{2}{2} + {2}?", "reference": r"It is {1} + 2 = 3.", "answer": "3"}
 OTHER_ROW = {"question": "What is 4 + 4?", "reference": "Twice four is 8.", "answer": "8"}
 STEPS = ("### a\n", "### b\n", "### c")
@@ -121,8 +120,12 @@ def fenced(request):
     return re.findall(pattern, user(request), re.DOTALL | re.MULTILINE)
 
 
+def first_line(kind):
+    return judge_prompts.SYSTEM["math"][kind].split("\n")[0]
+
+
 def wants_rubric(request):
-    return system(request).startswith(judge_prompts.SYSTEM["math"]["rubric"].split("\n")[0])
+    return system(request).startswith(first_line("rubric"))
 
 
 def steps_reply(*scores):
@@ -143,14 +146,15 @@ def test_system_message_holds_task_and_scale_and_user_message_ends_with_the_comp
 ):
     server = serve(lambda request: CHECKPOINTS if wants_rubric(request) else reply_for(kind))
     assert None not in verdicts(connect(server), kind, completion(*STEPS), rubric=True)
-    assert "".join(wants_rubric(request) * "r" for request in server.requests) == "r"
+    assert wants_rubric(server.requests[0]) and not any(map(wants_rubric, server.requests[1:]))
     for request in server.requests:
         assert [message["role"] for message in request["messages"]] == ["system", "user"]
-        assert "You are given a reference solution" in system(request)
+        assert judge_prompts.BASIS["math"]["reference"] in system(request)
         assert ROW["question"] not in system(request) and ROW["reference"] not in system(request)
     for request in server.requests[1:]:
-        assert TOP_OF_SCALE[kind] in system(request) and "\n1 - " in system(request)
-        assert "Do not solve the\nproblem" in system(request) or kind == "outcome"
+        assert system(request).startswith(first_line(kind))
+        anchors = re.findall(r"^([1-5]) - \w+", system(request), re.MULTILINE)
+        assert anchors == ["5", "4", "3", "2", "1"]
         parts = [ROW["question"], ROW["reference"], CHECKPOINTS, fenced(request)[0][0]]
         places = [user(request).index(part) for part in parts]
         assert places == sorted(places)
@@ -199,7 +203,8 @@ def test_text_inside_the_tags_changes_nothing_outside(kind, serve, connect):
 def test_tags_depend_on_the_completion_and_on_nothing_else(serve, connect):
     server = serve("no score")
     judge = connect(server, threads=1)
-    verdicts(judge, "outcome", completion("one"), completion("two"), completion("one"))
+    verdicts(judge, "outcome", completion("one"), completion("two"))
+    verdicts(judge, "outcome", completion("one"))
     first, second, third = (server.requests[i]["messages"] for i in (0, 3, 6))
     assert first == third != second
     tags = [fenced(server.requests[i])[0][0] for i in (0, 3)]
@@ -209,7 +214,7 @@ def test_tags_depend_on_the_completion_and_on_nothing_else(serve, connect):
 def test_without_a_reference_the_judge_is_told_so(serve, connect):
     server = serve("Score: 4")
     verdicts(connect(server), "outcome", completion("text", row=ROW | {"reference": ""}))
-    assert "no reference solution" in system(server.requests[0])
+    assert judge_prompts.BASIS["math"]["none"] in system(server.requests[0])
     assert "## Reference" not in user(server.requests[0])
 
 
@@ -367,6 +372,14 @@ def test_the_cache_knows_model_settings_and_messages(serve, connect, monkeypatch
     assert verdicts(connect(server), "outcome", completion("text")) == [[5]]
 
 
+def test_the_cache_knows_the_task(serve, connect):
+    server = serve("Score: 4")
+    for kind in ("prefix", "alone"):  # one step: only the system messages differ
+        assert verdicts(connect(server), kind, completion("### a")) == [[4]]
+    first, second = server.requests
+    assert user(first) == user(second) and system(first) != system(second)
+
+
 @pytest.mark.parametrize("failure", ["no score", (500, {}), (200, "<html></html>")])
 def test_a_failed_verdict_is_not_kept(failure, serve, connect):
     server = serve(failure)
@@ -387,6 +400,8 @@ def test_a_torn_last_line_costs_one_call(serve, connect):
     server.requests.clear()
     assert verdicts(connect(server), "outcome", *group) == [[4]] * 3
     assert [fenced(request)[0][1] for request in server.requests] == ["c"]
+    assert verdicts(connect(server), "outcome", *group) == [[4]] * 3
+    assert len(server.requests) == 1  # and no new verdict was glued to the torn line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -591,3 +606,65 @@ def test_calls_and_tokens_are_counted(serve, connect):
     assert judge.paid["judge_calls"] == 3
     assert judge.paid["completion_tokens"] == 3 * (len("Score: 4") // 4)
     assert abs(judge.paid["prompt_tokens"] - letters / 4) < 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"choices": [None]},
+        {"choices": [{"index": 0}]},
+        {
+            "choices": [
+                {"index": 0, "message": {"role": "assistant", "content": [{"type": "text"}]}}
+            ]
+        },
+        {"choices": [{"index": 0, "message": {"role": "assistant", "content": None}}]},
+    ],
+)
+def test_a_broken_reply_is_no_verdict(body, serve, connect):
+    judge = connect(serve((200, body)))
+    assert verdicts(judge, "outcome", completion("### a")) == [None]
+    assert judge.last_error
+
+
+def test_a_reply_without_usage_counts(serve, connect):
+    message = {"role": "assistant", "content": "Score: 4"}
+    body = {"choices": [{"index": 0, "message": message}], "usage": {}}
+    assert verdicts(connect(serve((200, body))), "outcome", completion("### a")) == [[4]]
+
+
+def test_equal_completions_share_a_call(serve, connect):
+    server = serve("Score: 4")
+    group = [completion(text) for text in "abbbbb"]
+    assert verdicts(connect(server), "outcome", *group) == [[4]] * 6
+    assert len(server.requests) == 2
+
+
+def test_the_probe_waits_for_the_first_request_not_the_first_completion(serve, connect):
+    def answer(request):
+        time.sleep(0.01)
+        return REFUSED if "max_completion_tokens" in request else "Score: 4"
+
+    server = serve(answer)
+    group = [completion("..."), *(completion(f"text {i}") for i in range(8))]
+    verdicts(connect(server), "outcome", *group)
+    assert ["max_completion_tokens" in request for request in server.requests] == [True] + [
+        False
+    ] * 8
+
+
+@pytest.mark.parametrize("key", ["sk-sec\nret", "sk-s\u00e9cret"])
+def test_a_key_with_strange_characters_is_refused_and_not_shown(key, serve, connect, monkeypatch):
+    server = serve("Score: 4")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-good\n")
+    assert verdicts(connect(server), "outcome", completion("### a")) == [[4]]
+    assert server.requests[0]["authorization"] == "Bearer sk-good"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SystemExit, match="OPENAI_API_KEY holds a character") as stopped:
+        connect(server)
+    assert "cret" not in str(stopped.value)
+
+
+def test_an_address_that_is_none_stops_at_once(connect):
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        connect("http://[::bad/v1")

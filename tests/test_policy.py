@@ -1,0 +1,264 @@
+"""Data, prompts, sampling, answers: what stands before the judge and the update."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import read
+from transformers import AutoTokenizer, GenerationConfig
+
+import exprl
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_usual_columns_are_recognised(tmp_path):
+    gsm8k = {"question": "Q?", "answer": "She has <<2+3=5>>5 and <<5*2=10>>10.\n#### 1,010"}
+    maths = {"problem": "P?", "solution": r"Then \boxed{3} is no end, \boxed{\frac{1}{2}} is."}
+    plain = {"prompt": "R?", "reference": "Because.", "answer": 7}
+    rows = exprl.load_rows(write(tmp_path / "a.jsonl", gsm8k, maths, plain), "train")
+    assert rows == [
+        {"question": "Q?", "reference": "She has 5 and 10.", "answer": "1,010"},
+        {"question": "P?", "reference": maths["solution"], "answer": r"\frac{1}{2}"},
+        {"question": "R?", "reference": "Because.", "answer": "7"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"question": "Q?", "answer": "1"}\n{"question": "Q?"}\n', "line 2: has no answer"),
+        ('{"question": "Q?", "answer": "1"}\n\n{"answer": "1"}\n', "line 2: is not JSON"),
+        ('{"answer": "1"}\n', "line 1: has no question"),
+        ('{"question": "Q?", "answer": "1"}\n["a"]\n', "line 2: is not a JSON object"),
+        ('{"question": "Q?", "answer": "1"', "line 1: is not JSON"),
+        ("", "line 1: is not JSON"),
+    ],
+)
+def test_a_malformed_row_is_named_by_its_line(tmp_path, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        exprl.load_rows(str(tmp_path / "a.jsonl"), "train")
+
+
+def test_a_reference_is_needed_only_where_a_judge_reads_it(tmp_path):
+    data = write(tmp_path / "a.jsonl", {"question": "Q?", "answer": "1"})
+    assert exprl.load_rows(data, "train")[0]["reference"] == ""
+    with pytest.raises(SystemExit, match="line 1: has no reference"):
+        exprl.load_rows(data, "train", needed=("question", "reference", "answer"))
+
+
+def test_a_hub_data_set_with_splits(tmp_path):
+    write(tmp_path / "train.jsonl", {"question": "A?", "answer": "1"})
+    write(
+        tmp_path / "test.jsonl",
+        {"question": "B?", "answer": "2"},
+        {"question": "C?", "answer": "3"},
+    )
+    assert [r["question"] for r in exprl.load_rows(str(tmp_path), "train")] == ["A?"]
+    assert len(exprl.load_rows(str(tmp_path), "test")) == 2
+    assert len(exprl.load_rows(str(tmp_path), "test", n=1)) == 1
+
+
+def test_math_means_levels_4_and_5(monkeypatch):
+    from datasets import Dataset
+
+    asked = []
+
+    def hub(name, config, split):
+        asked.append((name, config, split))
+        levels = [f"Level {i}" for i in range(1, 6)]
+        return Dataset.from_dict(
+            {"problem": levels, "level": levels, "solution": [r"\boxed{1}"] * 5}
+        )
+
+    monkeypatch.setattr(exprl, "load_dataset", hub)
+    assert [r["question"] for r in exprl.load_rows("math", "test")] == ["Level 4", "Level 5"]
+    exprl.load_rows("someone/something:main", "train")
+    assert asked[1] == ("someone/something", "main", "train")
+
+
+def test_over_long_prompts_are_dropped_and_counted(tiny, capsys):
+    _, tokenizer = exprl.find_model(str(tiny / "base"))
+    rows = [
+        {"question": "29a*3=", "answer": "87", "reference": ""},
+        {"question": "29a*3b+7c+7=", "answer": "00", "reference": ""},
+    ]
+    assert len(exprl.tokenize_rows(rows, tokenizer, 6)) == 1
+    assert "dropped 1 problems" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--max-prompt-tokens"):
+        exprl.tokenize_rows(rows, tokenizer, 2)
+
+
+@pytest.mark.parametrize(
+    "completion, answer, correct",
+    [
+        (r"\boxed{07}", "7", True),
+        (r"\boxed{\frac12}", "0.5", True),
+        (r"\boxed{18\text{ dollars}}", "18", True),
+        (r"\boxed{1}\boxed{2}", "2", True),
+        (r"\boxed{1}\boxed{2}", "1", False),
+        (r"\boxed{3", "3", True),
+        ("It is 1,250 dollars.", "1250", True),
+        ("It is 12 or 13", "12", False),
+        ("-5", "5", False),
+        ("", "0", False),
+        ("no number", "1", False),
+        (r"\boxed{}", "0", False),
+        (r"5, so \boxed{6}", "5", False),
+    ],
+)
+def test_answers_are_those_of_the_box_then_the_last_number(completion, answer, correct):
+    assert exprl.is_correct(completion, answer) is correct
+
+
+# ---- Prompts -------------------------------------------------------------------------------------
+
+
+def test_short_names_get_their_owner(monkeypatch):
+    asked = []
+
+    def no_hub(source):
+        asked.append(source)
+        raise OSError("offline")
+
+    monkeypatch.setattr(exprl.AutoTokenizer, "from_pretrained", no_hub)
+    for name in ("Qwen2.5-0.5B", "SmolLM2-135M", "me/mine", "unheard-of"):
+        with pytest.raises(SystemExit, match=f"--model {name}"):
+            exprl.find_model(name)
+    assert asked == ["Qwen/Qwen2.5-0.5B", "HuggingFaceTB/SmolLM2-135M", "me/mine", "unheard-of"]
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny / "base")
+
+
+def test_one_bos_at_most(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.convert_tokens_to_ids("<bos>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    assert exprl.policy_prompt(tokenizer, "29a*3=").count(bos) == 1
+    tokenizer.chat_template = None
+    assert exprl.policy_prompt(tokenizer, "29a*3=").count(bos) == 1
+
+
+def test_the_prompt_holds_instruction_and_question(tokenizer):
+    tokenizer.chat_template = (
+        "<{{ messages[0].content }}>{% if add_generation_prompt %}GO{% endif %}"
+    )
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{exprl.POLICY_INSTRUCTION}\n\n29a*3="}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert exprl.policy_prompt(tokenizer, "29a*3=") == tokenizer(rendered).input_ids
+    for words in ("step by step", "new line with ###", r"\boxed{}"):
+        assert words in exprl.POLICY_INSTRUCTION
+
+
+# ---- Sampling ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tiny):
+    return exprl.load_model(str(tiny / "base"))
+
+
+def test_the_sampler_draws_from_the_log_probs_that_are_trained(model, tokenizer):
+    """Though the checkpoint asks for top_k, top_p and a penalty; at a temperature that is not 1."""
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=2, top_p=0.5, repetition_penalty=1.5, temperature=0.3, eos_token_id=1
+    )
+    row = {"question": "29a*3b+7=", "answer": "94", "reference": ""}
+    row = exprl.tokenize_rows([row], tokenizer, 99)[0]
+    exprl.set_sampling(model, tokenizer, row["prompt_ids"], 2.0, 1)
+    torch.manual_seed(0)
+    [group] = exprl.sample_groups(model, tokenizer, [row], 8000, 4000)
+    drawn = torch.bincount(torch.tensor([c.ids[0] for c in group]), minlength=len(tokenizer)) / 8000
+    ids = torch.tensor([row["prompt_ids"] + [v] for v in range(len(tokenizer))])
+    with torch.no_grad():
+        expected = exprl.token_logprobs(model, ids, torch.ones_like(ids), 1, 2.0).exp()[:, 0]
+    assert expected.sum().item() == pytest.approx(1, abs=1e-4)
+    assert expected.max() < 0.9  # there is something to get wrong
+    assert (drawn - expected).abs().sum() / 2 < 0.06
+
+
+def test_a_sampler_that_changes_the_distribution_is_refused(model, tokenizer):
+    from transformers import LogitsProcessorList, TopKLogitsWarper
+
+    generate = model.generate
+    model.generate = lambda *args, **kwargs: generate(
+        *args, logits_processor=LogitsProcessorList([TopKLogitsWarper(2)]), **kwargs
+    )
+    with pytest.raises(SystemExit, match="softmax"):
+        exprl.set_sampling(model, tokenizer, [5, 6], 1.0, 8)
+
+
+def test_the_stop_set_has_every_eos(model, tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}"
+    model.generation_config.eos_token_id = [1, 7]
+    tokenizer.pad_token = tokenizer.eos_token  # pad may equal eos
+    exprl.set_sampling(model, tokenizer, [5, 6], 1.0, 8)
+    assert model.generation_config.eos_token_id == sorted({1, 7, turn})
+    assert model.generation_config.pad_token_id == tokenizer.eos_token_id
+
+
+def test_completions_do_not_depend_on_the_prompts_beside_them(model, tokenizer):
+    """Greedily, as the draws differ: left padding must not shift positions or be attended to."""
+    rows = [
+        {"question": q, "answer": "1", "reference": ""} for q in ("29a*3=", "41a+7b+7c*3d*3e*3f+7=")
+    ]
+    rows = exprl.tokenize_rows(rows, tokenizer, 99)
+    exprl.set_sampling(model, tokenizer, rows[0]["prompt_ids"], 1.0, 20)
+    model.generation_config.do_sample = False
+    together = [group[0].ids for group in exprl.sample_groups(model, tokenizer, rows, 1, 2)]
+    alone = [exprl.sample_groups(model, tokenizer, [row], 1, 1)[0][0].ids for row in rows]
+    assert together == alone
+
+
+def test_completions_end_with_their_eos_or_are_cut(model, tokenizer):
+    rows = [{"question": "41a+7b+7c*3d*3e*3f+7=", "answer": "1", "reference": ""}]
+    rows = exprl.tokenize_rows(rows, tokenizer, 99)
+    exprl.set_sampling(model, tokenizer, rows[0]["prompt_ids"], 1.0, 60)
+    [group] = exprl.sample_groups(model, tokenizer, rows, 32, 8)
+    eos = tokenizer.eos_token_id
+    assert any(not c.cut for c in group)
+    for c in group:
+        assert eos not in c.ids[:-1]
+        assert c.cut == (c.ids[-1] != eos)
+        assert "<eos>" not in c.text and "".join(c.step_texts) == c.text
+        assert c.steps[0][0] == 0 and c.steps[-1][1] == len(c.ids)
+
+
+def test_dropout_is_off(tiny, tmp_path):
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.9}))
+    model = exprl.load_model(str(tmp_path / "base")).train()
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_reading_counts(tmp_path):
+    exprl.write_log(tmp_path / "a.jsonl", [{"a": 1}])
+    exprl.write_log(tmp_path / "a.jsonl", [{"a": 2}])
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"a": 3')  # a crash tore this line
+    assert [r["a"] for r in exprl.read_log(tmp_path / "a.jsonl")] == [1, 2]
+    exprl.write_log(tmp_path / "a.jsonl", [{"a": 4}], "w")
+    assert read(tmp_path / "a.jsonl") == [{"a": 4}]

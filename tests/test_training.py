@@ -1,0 +1,598 @@
+"""Runs on the toy world: what is trained, written, kept, resumed and evaluated, or refused."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toy_world
+from conftest import SMALL, TESTS, read, steps_of, weights_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import exprl
+
+# ---- The update ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def make_completion(length, prompt_length, rewards, seed):
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 40, (length + prompt_length,), generator=draw).tolist()
+    steps = [(0, length // 2), (length // 2, length)]
+    row = {"prompt_ids": ids[:prompt_length], "question": "", "reference": "", "answer": ""}
+    c = exprl.Completion(row, ids[prompt_length:], "", False, False, steps, ["", ""])
+    c.rewards, c.advantages = rewards, exprl.step_advantages([rewards or []], "delta")[0]
+    return c
+
+
+BATCH = [
+    (9, 3, [0.0, 1.0]),
+    (4, 7, [1.0, 0.5]),
+    (12, 5, [0.25, 0.5]),
+    (2, 2, [0.0, 0.75]),
+    (7, 4, [1.0, 0.0]),
+]
+SETTINGS = {
+    "updates_per_batch": 1,
+    "temperature": 0.7,
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "kl": 0.0,
+    "micro_batch": 8,
+}
+
+
+def update(model, completions, reference=None, **changes):
+    """The weights after one update by plain gradient descent, as one vector, and its metrics."""
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    args = SimpleNamespace(**SETTINGS | changes)
+    metrics = exprl.update(model, reference, optimizer, completions, args)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
+
+
+def batch():
+    return [make_completion(*shape, seed=i) for i, shape in enumerate(BATCH)]
+
+
+def test_the_update_does_not_depend_on_the_micro_batch(model):
+    whole, one = update(model, batch()), update(model, batch(), micro_batch=1)
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (whole[0] - start).norm() > 1e-3
+    assert torch.allclose(whole[0], one[0], atol=1e-6)
+    assert one[1] == pytest.approx(whole[1], abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(model):
+    plain = update(model, batch())[0]
+    model.gradient_checkpointing_enable()
+    assert torch.allclose(update(model, batch())[0], plain, atol=1e-6)
+
+
+def test_a_completion_that_failed_is_not_in_the_loss(model):
+    failed = make_completion(30, 5, None, seed=99)
+    assert torch.equal(update(model, [failed, *batch()])[0], update(model, batch())[0])
+
+
+def test_a_good_step_becomes_likelier_and_a_bad_one_less_likely(model):
+    c = make_completion(10, 3, [0.0, 1.0], seed=1)  # advantages -1 and 1
+    ids = torch.tensor([c.row["prompt_ids"] + c.ids])
+
+    def logp(m):
+        with torch.no_grad():
+            return exprl.token_logprobs(m, ids, torch.ones_like(ids), 10, 0.7)[0]
+
+    after = copy.deepcopy(model)
+    args = SimpleNamespace(**SETTINGS)
+    exprl.update(after, None, torch.optim.SGD(after.parameters(), 0.1), [c], args)
+    change = logp(after) - logp(model)
+    assert change[:5].sum() < 0 < change[5:].sum()
+
+
+def test_the_first_update_is_on_policy_and_the_second_is_clipped(model):
+    _, once = update(model, batch())
+    assert once["ratio"] == pytest.approx(1, abs=1e-6) and once["clip_fraction"] == 0
+    _, often = update(model, batch(), updates_per_batch=8, clip_low=1e-4, clip_high=1e-4)
+    assert often["clip_fraction"] > 0.3
+
+
+def test_the_kl_pulls_towards_the_reference(model):
+    torch.manual_seed(1)
+    reference = LlamaForCausalLM(model.config).eval().requires_grad_(False)
+    completions = batch()
+    for c in completions:
+        c.advantages = [0.0, 0.0]
+    before = update(model, completions, reference)[1]["kl"]
+    moved = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(moved.parameters(), 0.3)
+    args = SimpleNamespace(**SETTINGS | {"kl": 1.0, "updates_per_batch": 5})
+    after = exprl.update(moved, reference, optimizer, completions, args)["kl"]
+    assert 0 < after < 0.95 * before
+
+
+def test_entropy_is_that_of_the_samples(model):
+    _, metrics = update(model, batch())
+    total, count = 0.0, 0
+    for c in batch():
+        ids = torch.tensor([c.row["prompt_ids"] + c.ids])
+        total -= (
+            exprl.token_logprobs(model, ids, torch.ones_like(ids), len(c.ids), 0.7).sum().item()
+        )
+        count += len(c.ids)
+    assert metrics["entropy"] == pytest.approx(total / count, rel=1e-4)
+
+
+# ---- Advantages of a batch -----------------------------------------------------------------------
+
+
+def judged(scores, steps=2):
+    c = make_completion(8, 2, None, seed=0)
+    c.steps = [(i, i + 1) for i in range(steps)]
+    c.scores = scores
+    return c
+
+
+def test_each_method_fills_the_same_field():
+    completions = [judged([1, 5]), judged([3, 3]), judged(None), judged([5, 1])]
+    args = SimpleNamespace(method="process", process_norm="delta", group_size=2)
+    exprl.fill_advantages(completions, args)
+    assert [c.advantages for c in completions] == [[-1.0, 1.0], [0.0, 0.0], [], [1.0, -1.0]]
+    completions = [judged([5]), judged([1]), judged(None), judged([2])]
+    exprl.fill_advantages(completions, SimpleNamespace(method="outcome", group_size=2))
+    assert [c.rewards for c in completions] == [[1.0], [0.0], None, [0.25]]
+    assert completions[0].advantages == [-a for a in completions[1].advantages] != [0.0, 0.0]
+    assert completions[3].advantages == [0.0, 0.0]  # alone in its group: no baseline
+    completions = [judged(None), judged(None)]
+    completions[1].correct = True
+    exprl.fill_advantages(completions, SimpleNamespace(method="sparse", group_size=2))
+    assert [c.rewards for c in completions] == [[0.0], [1.0]]
+    assert completions[1].advantages[0] > 0 > completions[0].advantages[0]
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_it_promises(train, tmp_path, judge, capsys):
+    run = train(tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "at most 20 calls" in out and "tokens" in out and judge.url in out
+    metrics, rollouts = read(run / "metrics.jsonl"), read(run / "rollouts.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2] and len(rollouts) == 2 * 2 * 4
+    for name in (
+        "reward",
+        "reward_std",
+        "accuracy",
+        "no_signal",
+        "cut",
+        "judge_failed",
+        "judge_calls",
+        "prompt_tokens",
+        "completion_tokens",
+        "ratio",
+        "clip_fraction",
+        "kl",
+        "entropy",
+        "grad_norm",
+        "length",
+        "seconds_sample",
+        "seconds_judge",
+        "seconds_update",
+    ):
+        assert isinstance(metrics[-1][name], (int, float)), name
+    for r in rollouts:
+        assert len(r["step_texts"]) == len(r["scores"]) == len(r["rewards"]) == len(r["advantages"])
+        assert r["rubric"].startswith("- ") and len(r["judge"]) == 1
+        assert r["advantages"] == exprl.step_advantages([r["rewards"]], "delta")[0]
+    first = [r for r in rollouts if r["step"] == 1]
+    expected = sum(sum(r["rewards"]) / len(r["rewards"]) for r in first) / len(first)
+    assert metrics[0]["reward"] == pytest.approx(expected)
+    settings = (run / "settings.json").read_text()
+    assert '"sampling"' in settings and '"top_k": 0' in settings
+
+
+def test_the_reference_never_reaches_the_policy(train, tmp_path, tiny, monkeypatch):
+    """On every prompt of a run, as logged and as handed to `generate`."""
+    fed = []
+    pad_left = exprl.pad_left
+
+    def spy(sequences, *args, **kwargs):
+        fed.extend(sequences)
+        return pad_left(sequences, *args, **kwargs)
+
+    monkeypatch.setattr(exprl, "pad_left", spy)
+    run = train(tmp_path / "run")
+    _, tokenizer = exprl.find_model(str(tiny / "base"))
+    fed = [
+        ids for ids in fed if type(ids[0]) is int and set(ids) != {1}
+    ]  # not masks, not advantages
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in fed]
+    for r in read(run / "rollouts.jsonl"):
+        assert r["prompt"] == tokenizer.decode(exprl.policy_prompt(tokenizer, r["question"]))
+        assert r["reference"] not in r["prompt"]
+        assert not any(r["reference"].split("\n")[0] in text for text in texts)
+        assert any(text.startswith(r["question"]) for text in texts)
+
+
+@pytest.mark.parametrize("method", ["process", "outcome", "sparse"])
+def test_resumed_is_unbroken_to_the_bit(train, tmp_path, method):
+    flags = ["--method", method, "--updates-per-batch", "2", "--save-every", "1"]
+    whole = train(tmp_path / "a" / "run", *flags, "--steps", "4")
+    train(tmp_path / "b" / "run", *flags, "--steps", "1")
+    broken = train(tmp_path / "b" / "run", *flags, "--steps", "4", "--resume")
+    assert weights_of(whole) == weights_of(broken)
+    assert steps_of(whole) == steps_of(broken)
+    assert len(read(broken / "rollouts.jsonl")) == 4 * 2 * 4
+
+
+def test_killed_in_mid_step_it_goes_on_and_pays_nothing_twice(tiny, judge, train, tmp_path):
+    flags = ["--steps", "5", "--save-every", "2"]
+    run = tmp_path / "a" / "run"
+    command = [
+        sys.executable,
+        str(TESTS.parent / "exprl.py"),
+        "--model",
+        str(tiny / "base"),
+        "--data",
+        str(tiny / "train.jsonl"),
+        "--judge-url",
+        judge.url,
+        "--judge-model",
+        "toy-judge",
+        *SMALL,
+        *flags,
+        "--steps",
+        "500",
+        "--out",
+        str(run),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if (run / "metrics.jsonl").exists() and len(
+            (run / "metrics.jsonl").read_text().split("\n")
+        ) > 4:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    done = max(int(p.name[-6:]) for p in run.glob("checkpoint-??????"))
+    steps = str(done + 3)
+    asked = len(judge.requests)
+    train(run, *flags, "--steps", steps, "--resume")
+    assert len(judge.requests) - asked <= 3 * 2 * (4 + 1)
+    whole = train(tmp_path / "b" / "run", *flags, "--steps", steps)
+    assert weights_of(whole) == weights_of(run)
+    assert [m["step"] for m in steps_of(run)] == list(range(1, done + 4))
+
+
+def test_a_repeated_run_pays_nothing(train, tmp_path, judge):
+    first = train(tmp_path / "first")
+    asked = len(judge.requests)
+    again = train(tmp_path / "again")
+    assert len(judge.requests) == asked
+    assert steps_of(again)[-1]["judge_calls"] == 0 < steps_of(first)[-1]["judge_calls"]
+    assert weights_of(first) == weights_of(again)
+
+
+def test_an_interrupted_run_keeps_its_steps(train, tmp_path, monkeypatch):
+    sample_groups, calls = exprl.sample_groups, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample_groups(*args)
+
+    monkeypatch.setattr(exprl, "sample_groups", interrupted)
+    with pytest.raises(SystemExit, match=r"interrupted.*--resume"):
+        train(tmp_path / "a" / "run", "--steps", "4")
+    monkeypatch.undo()
+    assert (tmp_path / "a" / "run" / "checkpoint-000002").is_dir()
+    resumed = train(tmp_path / "a" / "run", "--steps", "4", "--resume")
+    assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run", "--steps", "4"))
+
+
+def test_a_judge_that_fails_stops_the_run_and_nothing_is_lost(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(exprl, "JUDGE_RETRIES", 0)
+    good = toy_world.reply_to
+    dead = toy_world.ChatServer(lambda request: (500, {"error": {"message": "no memory left"}}))
+    with pytest.raises(
+        SystemExit, match=r"failed on 8 of 8 completions.*--resume.*no memory left"
+    ) as stopped:
+        train(tmp_path / "a" / "run", "--judge-url", dead.url)
+    assert "\n" not in str(stopped.value)
+    assert steps_of(tmp_path / "a" / "run") == []
+    resumed = train(tmp_path / "a" / "run", "--resume")
+    assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run"))
+    half = iter(range(10**6))  # a third of the verdicts fail: those completions are left out
+    lame = toy_world.ChatServer(lambda r: good(r["messages"]) if next(half) % 3 else (500, {}))
+    run = train(tmp_path / "c" / "run", "--judge-url", lame.url, "--rubric", "none")
+    assert 0 < steps_of(run)[0]["judge_failed"] <= 0.5
+    assert any(r["rewards"] is None and r["advantages"] == [] for r in read(run / "rollouts.jsonl"))
+
+
+def test_max_judge_calls_stops_and_resumes(train, tmp_path, judge):
+    asked = len(judge.requests)
+    with pytest.raises(SystemExit, match="--max-judge-calls 5"):
+        train(tmp_path / "a" / "run", "--max-judge-calls", "5")
+    assert len(judge.requests) - asked == 5
+    resumed = train(tmp_path / "a" / "run", "--resume", "--max-judge-calls", "500")
+    assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run"))
+
+
+FLAGS = {  # another value of each flag, and what it must change
+    "--lr": ("1e-4", "weights"),
+    "--kl": ("0", "weights"),
+    "--seed": ("7", "text"),
+    "--temperature": ("0.5", "entropy"),
+    "--max-new-tokens": ("9", "cut"),
+    "--steps": ("3", "count"),
+    "--prompts-per-step": ("3", "rollouts"),
+    "--group-size": ("3", "rollouts"),
+    "--updates-per-batch": ("3", "ratio"),
+    "--process-norm": ("group", "weights"),
+    "--rubric": ("none", "judge_calls"),
+    "--judge-input": ("alone", "judge_calls"),
+    "--method": ("outcome", "weights"),
+    "--sample-batch": ("4", "text"),
+    "--max-prompt-tokens": ("13", "stops"),
+    "--micro-batch": ("1", "same"),
+    "--judge-threads": ("1", "same"),
+    "--save-every": ("1", "same"),
+}
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny, judge, tmp_path_factory):
+    out = tmp_path_factory.mktemp("baseline") / "run"
+    exprl.main(
+        [
+            "--model",
+            str(tiny / "base"),
+            "--data",
+            str(tiny / "train.jsonl"),
+            "--judge-url",
+            judge.url,
+            "--judge-model",
+            "toy-judge",
+            *SMALL,
+            "--out",
+            str(out),
+        ]
+    )
+    return out
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_each_flag_has_its_effect(train, tmp_path, baseline, flag):
+    value, effect = FLAGS[flag]
+    if effect == "stops":
+        with pytest.raises(SystemExit, match="every prompt has over 13 tokens"):
+            train(tmp_path / "run", flag, value)
+        return
+    run = train(tmp_path / "run", flag, value)
+    old, new = steps_of(baseline), steps_of(run)
+    if effect == "weights":
+        assert weights_of(run) != weights_of(baseline)
+        assert new[0]["length"] == old[0]["length"]  # the first batch is sampled alike
+    elif effect == "same":
+        for a, b in zip(old, new, strict=True):
+            assert {k: pytest.approx(v, abs=2e-3) for k, v in a.items()} == b
+    elif effect == "text":
+        texts = [[r["text"] for r in read(out / "rollouts.jsonl")] for out in (run, baseline)]
+        assert texts[0] != texts[1]
+    elif effect == "count":
+        assert len(new) == 3
+    elif effect == "rollouts":
+        assert (
+            len(read(run / "rollouts.jsonl"))
+            == {"--prompts-per-step": 24, "--group-size": 12}[flag]
+        )
+    else:
+        assert new[-1][effect] != old[-1][effect]
+
+
+def test_evaluation_during_a_run_and_the_curves(train, tmp_path, tiny, capsys):
+    held_out = [
+        "--eval-every",
+        "2",
+        "--eval-data",
+        str(tiny / "heldout.jsonl"),
+        "--eval-problems",
+        "3",
+        "--eval-samples",
+        "2",
+    ]
+    first = train(tmp_path / "first", "--steps", "3", *held_out)
+    tested = [r for r in read(first / "metrics.jsonl") if "eval" in r]
+    assert [r["step"] for r in tested] == [0, 2, 3] and set(tested[0]["eval"]) == {
+        "pass@1",
+        "pass@2",
+    }
+    assert len(read(first / "eval-000002.jsonl")) == 3
+    second = train(tmp_path / "second", "--method", "sparse", "--model", first / "final")
+    assert '"steps_before": 3' in (second / "settings.json").read_text()
+    exprl.main(["plot", str(first), str(second), "--out", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "curves.png" in capsys.readouterr().out
+
+
+def test_eval_counts_tables_and_hard_problems(tiny, tmp_path, capsys):
+    hard = tmp_path / "hard.jsonl"
+    flags = [
+        "--data",
+        str(tiny / "train.jsonl"),
+        "--problems",
+        "5",
+        "--samples",
+        "6",
+        "--temperature",
+        "1",
+        "--max-new-tokens",
+        "60",
+        "--out",
+        str(tmp_path / "eval"),
+    ]
+    exprl.main(
+        [
+            "eval",
+            "--model",
+            str(tiny / "base"),
+            *flags,
+            "--save-hard",
+            str(hard),
+            "--max-rate",
+            "0.2",
+        ]
+    )
+    [path] = (tmp_path / "eval").iterdir()
+    counts = read(path)
+    assert len(counts) == 5 and all(c["n"] == 6 for c in counts)
+    expected = {c["question"] for c in counts if c["correct"] <= 1}
+    assert {r["question"] for r in read(hard)} == expected
+    assert exprl.load_rows(str(hard), "train", needed=("question", "reference", "answer"))
+    out = capsys.readouterr().out
+    assert all(f"pass@{k}, %" in out for k in (1, 2, 4)) and "pass@8" not in out
+    mean = 100 * sum(c["correct"] for c in counts) / 30
+    assert f"{mean:.1f} [" in out
+    exprl.main(["eval", "--model", str(tiny / "base"), str(tiny / "base") + "/", *flags])
+    table = capsys.readouterr().out.split("pass@1, %")[1].splitlines()[1:3]
+    assert [float(line.split()[1]) for line in table] == [pytest.approx(mean, abs=0.06)] * 2
+
+
+def test_bootstrap_interval():
+    """Against the normal approximation: 400 problems, half of them solved."""
+    counts = [{"n": 1, "correct": i % 2} for i in range(400)]
+    mean, low, high = exprl.pass_rates(counts)["pass@1"]
+    assert mean == 0.5
+    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01)
+    assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.01)
+    same = [{"n": 4, "correct": 1}] * 10
+    assert exprl.pass_rates(same)["pass@4"] == [1.0, 1.0, 1.0]
+
+
+# ---- Bad input: one clear line, before a model is loaded or a judge is paid ----------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["--data", "BROKEN"],
+            "line 2: has no reference (no column reference or solution), no answer",
+        ),
+        (["--data", "EMPTY"], "line 1"),
+        (["--model", "nobody/nothing"], "--model nobody/nothing"),
+        (["--model", "FOLDER"], "FOLDER"),
+        (["--out", "/proc/no/run"], "/proc/no"),
+        (["--group-size", "1"], "--group-size: 1 is no int of 2 or more"),
+        (["--steps", "0"], "--steps: 0"),
+        (["--steps", "many"], "--steps: many"),
+        (["--temperature", "0"], "--temperature: 0"),
+        (["--lr", "nan"], "--lr: nan"),
+        (["--method", "magic"], "--method"),
+        (["--step", "3"], "--step"),
+        (["--prompts-per-step", "25"], "has 24 problems"),
+        (["--eval-every", "1", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--judge-url", "http://127.0.0.1:9/v1"], "cannot be reached"),
+        (["--judge-url", ""], "OPENAI_API_KEY"),
+    ],
+)
+def test_bad_input_gets_one_line(train, tiny, judge, tmp_path, monkeypatch, capsys, flags, message):
+    (tmp_path / "BROKEN").write_text(
+        '{"question": "Q?", "reference": "r", "answer": "1"}\n{"question": "Q?"}\n'
+    )
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "FOLDER").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(exprl, "load_model", lambda name: pytest.fail("a model was loaded"))
+    asked = len(judge.requests)
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "run", *flags)
+    text = (
+        str(stopped.value) if stopped.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
+    )
+    assert message in text and "\n" not in text and len(text) < 600
+    assert stopped.value.code not in (0, None) and len(judge.requests) == asked
+
+
+def test_a_wrong_key_is_refused_before_the_model_is_loaded(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr(exprl, "load_model", lambda name: pytest.fail("a model was loaded"))
+
+    class Locked(toy_world.ChatHandler):
+        def do_GET(self):
+            self.reply(401, {"error": {"message": "Incorrect API key"}})
+
+    server = toy_world.ChatServer(lambda request: "Score: 1")
+    server.RequestHandlerClass = Locked
+    with pytest.raises(SystemExit, match=r"refuses the key in OPENAI_API_KEY.*Incorrect API key"):
+        train(tmp_path / "run", "--judge-url", server.url)
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(train, tmp_path, tiny):
+    run = train(tmp_path / "run")
+    before = weights_of(run)
+    with pytest.raises(SystemExit, match="holds a run: add --resume"):
+        train(run)
+    with pytest.raises(SystemExit, match=r"was started with lr 0.001, not 0.01"):
+        train(run, "--resume", "--lr", "0.01")
+    with pytest.raises(SystemExit, match="was started with model"):
+        train(run, "--resume", "--model", run / "final")
+    with pytest.raises(SystemExit, match="has done 2 steps already"):
+        train(run, "--resume", "--steps", "1")
+    assert weights_of(train(run, "--resume")) == before  # nothing left to do
+
+
+def test_future_of_a_failed_rubric_is_no_verdict():
+    """Without checkpoints there is nothing to judge by: the completion is out, not scored 1."""
+    rubric = Future()
+    rubric.set_result((None, "no list"))
+    c = make_completion(8, 2, None, seed=0)
+    c.text = "### some step"
+    judge = SimpleNamespace(ask=lambda *_: pytest.fail("a call was made"))
+    assert exprl.Judge.judge(judge, c, "together", rubric)[0] is None
+
+
+def test_every_flag_is_read():
+    """No dead flags: each is used by the code as args.NAME."""
+    source = (TESTS.parent / "exprl.py").read_text()
+    for _, flag, *_ in exprl.FLAGS:
+        assert f"args.{flag.lstrip('-').replace('-', '_')}" in source, flag
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["plot"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        exprl.main([*command, "--help"])
+    assert stopped.value.code == 0 and "usage: exprl.py" in capsys.readouterr().out
+
+
+def test_the_key_is_written_nowhere(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    run = train(tmp_path / "run")
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert (run / "settings.json") in files
+    assert not any(b"sk-very-secret" in f.read_bytes() for f in files)
+    assert os.environ["OPENAI_API_KEY"] == "sk-very-secret"

@@ -1,0 +1,74 @@
+"""What a newcomer does: the README's commands, and a toy run that has to learn."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read, surroundings
+
+import exprl
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_exprl_raises_pass_at_1(tiny, train, tmp_path):
+    """The project's point: on problems that the base model fails, the hidden references help."""
+    run = train(
+        *(tmp_path / "run", "--steps", "40", "--prompts-per-step", "8", "--group-size", "8"),
+        *("--lr", "4e-4", "--kl", "0.02", "--updates-per-batch", "2", "--micro-batch", "64"),
+        *("--eval-every", "40", "--eval-data", tiny / "heldout.jsonl", "--eval-problems", "0"),
+        *("--save-every", "100", "--sample-batch", "256"),
+    )
+    before, after = (r["eval"]["pass@1"] for r in read(run / "metrics.jsonl") if "eval" in r)
+    assert before[0] < 0.05
+    assert after[1] > before[2] + 0.05  # the intervals are apart
+
+
+def test_the_readme_s_first_command(walk, tmp_path):
+    """bash train_small.sh ends with the table and the figure, and leaves no judge behind."""
+    assert "\nbash train_small.sh\n" in README
+    process, runs = walk
+    assert process.wait(timeout=200) == 0, (runs.parent / "output").read_text()[-2000:]
+    output = (runs.parent / "output").read_text()
+    table = output.split("pass@1, %")[-1]
+    for model in ("base", "process/final", "process-then-sparse/final", "sparse-only/final"):
+        assert re.search(rf"toy/{model} +\d+\.\d \[\d+\.\d, \d+\.\d\]", table), model
+    figure = re.search(r"Learning curves: (.*)", output)[1]
+    assert Path(figure).read_bytes()[:4] == b"\x89PNG"
+    sparse_only = read(runs / "sparse-only" / "metrics.jsonl")
+    assert [r["step"] for r in sparse_only] == [1, 2, 3]  # as many steps as both stages
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        exprl.Judge("toy-judge", (runs / "judge.url").read_text(), 1, 0, tmp_path / "cache.jsonl")
+
+
+def test_the_recipe_on_a_model_of_one_s_own(tiny, judge, tmp_path):
+    """bash train_small.sh MODEL: the hard problems are found first, the judge is the user's."""
+    few = surroundings(
+        RUNS=str(tmp_path / "runs"), STAGE1="1", STAGE2="1", MAX_NEW_TOKENS="60",
+        TRAIN=str(tiny / "train.jsonl"), HELD_OUT=str(tiny / "heldout.jsonl"), PROBLEMS="4",
+        JUDGE_URL=judge.url, JUDGE_MODEL="toy-judge",
+    )  # fmt: skip
+    command = ["bash", str(ROOT / "train_small.sh"), str(tiny / "base")]
+    done = subprocess.run(
+        command, env=few, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    hard = {r["question"] for r in read(tmp_path / "runs" / "hard.jsonl")}
+    trained = {r["question"] for r in read(tmp_path / "runs" / "process" / "rollouts.jsonl")}
+    assert trained <= hard and len(trained) == 8
+    assert "sparse-only/final" in done.stdout.split("pass@1, %")[-1]
+
+
+def test_the_readme_s_second_command():
+    """bash tests/run.sh is what runs this."""
+    assert "\nbash tests/run.sh\n" in README
+
+
+def test_commands_in_the_readme_and_in_the_script_have_flags_that_exist():
+    commands = re.findall(r"python exprl\.py ([^`#\n]+)", README + exprl.__doc__)
+    assert len(commands) > 8
+    for command in commands:
+        if "--help" not in command:
+            exprl.parse_flags(shlex.split(command))
