@@ -175,9 +175,8 @@ def is_correct(completion: str, answer: str) -> bool:
 # ---- Policy: loading, prompts, sampling ----------------------------------------------------------
 def find_model(name: str) -> tuple:
     """(folder or hub id, tokenizer); a short name gets its owner. Stops if there is none such."""
-    owners = [owner for family, owner in OWNERS.items() if name.lower().startswith(family)]
-    is_short = owners and "/" not in name and not Path(name).is_dir()
-    source = f"{owners[0]}/{name}" if is_short else name
+    known = [owner for family, owner in OWNERS.items() if name.lower().startswith(family)]
+    source = f"{known[0]}/{name}" if known and "/" not in name and not Path(name).is_dir() else name
     try:
         return source, AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -386,13 +385,12 @@ class Judge:
     """
 
     def __init__(self, model: str, url: str, threads: int, max_calls: int, cache: Path):
-        url = url or os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not key and not url:
+        url = url or os.environ.get("OPENAI_BASE_URL") or (key and "https://api.openai.com/v1")
+        if not url:
             stop("no judge: set OPENAI_API_KEY, or give --judge-url http://HOST:PORT/v1")
         if re.search(r"[^!-~]", key):
             stop("OPENAI_API_KEY holds a character that no key has")
-        url = url or "https://api.openai.com/v1"
         self.model, self.name = model, f"the judge {model} at {url}"
         self.max_calls, self.cache_path = max_calls, cache
         self.options, self.asked, self.last_error = JUDGE_OPTIONS, False, ""
@@ -410,19 +408,21 @@ class Judge:
         except Exception as error:  # no connection, no URL, ...
             stop(f"{self.name} cannot be reached: {error.__cause__ or error}")
 
+    def start(self, task: Callable, *arguments) -> Future:
+        """Run a task in a thread; the first request of all alone, to learn what is refused."""
+        is_first, future = not self.asked, self.pool.submit(task, *arguments)
+        if is_first:
+            wait([future])
+        return future
+
     def submit(self, group: list[Completion], kind: str, with_rubric: bool) -> None:
-        """Hand the completions of one problem to the threads. The first request of all goes alone,
-        to find out what the server takes; equal completions share a verdict."""
-        rubric, verdicts = None, {}
-        if with_rubric:
-            messages = judge_messages("rubric", group[0].row)
-            rubric = self.pool.submit(self.ask, messages, parse_rubric)
+        """Hand the completions of one problem to the threads; equal ones share a verdict."""
+        messages, verdicts = judge_messages("rubric", group[0].row), {}
+        rubric = self.start(self.ask, messages, parse_rubric) if with_rubric else None
         for c in group:
-            key, is_first = (c.cut, *c.step_texts), not self.asked
-            verdicts[key] = verdicts.get(key) or self.pool.submit(self.judge, c, kind, rubric)
+            key = (c.cut, *c.step_texts)
+            verdicts[key] = verdicts.get(key) or self.start(self.judge, c, kind, rubric)
             c.verdict = verdicts[key]
-            if is_first:
-                wait([c.verdict])
 
     def judge(self, c: Completion, kind: str, rubric: Future | None) -> tuple:
         """(scores or None, the judge's words, checkpoints) of one completion, in a thread."""
@@ -672,7 +672,8 @@ def save_model(folder: Path, model, tokenizer, state: dict | None = None) -> Non
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    torch.save(state, partial / "trainer.pt")
+    if state:
+        torch.save(state, partial / "trainer.pt")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -715,8 +716,7 @@ def train(args: argparse.Namespace) -> None:
     kind = "outcome" if args.method == "outcome" else args.judge_input
     if args.eval_every:
         eval_rows = load_rows(args.eval_data or args.data, "test", args.eval_problems)
-    folders = [part for part in Path(args.model).parts if part != "final"]
-    args.out = args.out or f"runs/{folders[-1]}-{args.method}"
+    args.out = args.out or f"runs/{Path(args.model.removesuffix('/final')).name}-{args.method}"
     out, (done, found) = Path(args.out), open_run(args)
     if args.method != "sparse":
         judge = Judge(args.judge_model, args.judge_url, args.judge_threads, args.max_judge_calls,
@@ -804,10 +804,10 @@ def train(args: argparse.Namespace) -> None:
                 saved = step
     finally:
         bar.close()
-        if judge:
-            judge.pool.shutdown(cancel_futures=True)  # calls on their way end, and are kept
         if whole is not None and whole > saved:
             save(whole)  # also after an error or Ctrl-C
+        if judge:
+            judge.pool.shutdown(cancel_futures=True)  # calls on their way end, and are kept
     save_model(out / "final", model, tokenizer)
     print(f"trained model: {out / 'final'}; every completion: {out / 'rollouts.jsonl'}")
 

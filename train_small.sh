@@ -15,7 +15,7 @@ if [ $# -eq 0 ]; then
   runs=${RUNS:-runs/toy} stage1=${STAGE1:-120} stage2=${STAGE2:-60} base=$runs/base problems=$runs/train.jsonl
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1  # a model this small runs on one core
   unset OPENAI_API_KEY OPENAI_BASE_URL
-  heading "toy world: problems and base model ($runs); about 6 minutes in all on 2 cores"
+  heading "toy world: problems and base model ($runs); about 5 minutes in all on 2 cores"
   [ -d "$base" ] || "$python" tests/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}"
   rm -f "$runs/judge.url"
   "$python" tests/toy_world.py judge --url-file "$runs/judge.url" &
