@@ -32,11 +32,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -65,6 +66,7 @@ JUDGE_OPTIONS = [  # tried in this order until the server refuses none of a set,
     {"temperature": 0.0, "max_completion_tokens": 2048}, {"temperature": 0.0, "max_tokens": 2048},
     {"max_completion_tokens": 2048}, {"max_tokens": 2048}]
 JUDGE_TIMEOUT, JUDGE_RETRIES = 120.0, 4  # seconds a request; repeats after 429, 5xx, a lost line
+CHECKPOINT = "checkpoint-" + "[0-9]" * 6  # a pattern of their names
 JUDGE_ASKS = 3  # how often a judge is asked until its reply holds a score
 COLUMNS = {"question": ("question", "problem", "prompt"), "reference": ("reference", "solution"),
            "answer": ("answer",)}
@@ -168,7 +170,7 @@ def is_correct(completion: str, answer: str) -> bool:
     >>> is_correct(r"\boxed{3}, or rather 4", "4"), is_correct("four", "4")
     (False, False)
     """
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", completion)
+    numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", completion)
     candidate = last_boxed(completion) or (numbers[-1] if numbers else "")
     return bool(candidate) and verify(parse(f"${answer}$"), parse(f"${candidate}$"))
 
@@ -179,20 +181,21 @@ def find_model(name: str) -> tuple:
     source = f"{known[0]}/{name}" if known and "/" not in name and not Path(name).is_dir() else name
     try:
         return source, AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         stop(f"--model {name}: no folder with a model (such as RUN/final), nor on the hub: {error}")
 
 def load_model(source: str):
     """A model on CUDA, MPS or CPU, in float32: at a learning rate of 1e-6 most bf16 weights would
     never move. Every dropout is off: with it the update's log-probs are not the sampler's."""
-    mps = torch.backends.mps.is_available()
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    config = AutoConfig.from_pretrained(source)
-    for key, value in list(vars(config).items()):
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():  # float32 weights, bf16 arithmetic
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        dropouts = [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]
+        vars(config).update(dict.fromkeys(dropouts, 0.0))
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32)
+    except Exception as error:  # of many libraries: no configuration, torn weights, ...
+        stop(f"the model {source} cannot be loaded: {error}")
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):  # else: emulated
         model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
     print(f"model: {source}, {model.num_parameters() / 1e6:.4g}M float32 parameters on {device}")
     return model.to(device).eval()
@@ -258,13 +261,11 @@ def completion_mask(tokens: torch.Tensor, eos_ids: set[int]) -> torch.Tensor:
 def pad_left(sequences: list[list], device: torch.device, value: float = 0) -> torch.Tensor:
     """Lists of numbers -> (B, longest), padded on the left: all end in the last column."""
     rows = [torch.tensor(sequence) for sequence in sequences]
-    padded = pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
-    return padded.to(device)
+    return pad_sequence(rows, True, value, "left").to(device)
 
 @dataclass
 class Completion:
     """One completion, and all that becomes known of it on the way to the update."""
-
     row: dict  # question, reference, answer, prompt_ids
     ids: list[int]  # T token ids, up to and including the first eos
     text: str
@@ -412,7 +413,7 @@ class Judge:
         """Run a task in a thread; the first request of all alone, to learn what is refused."""
         is_first, future = not self.asked, self.pool.submit(task, *arguments)
         if is_first:
-            wait([future])
+            future.result()
         return future
 
     def submit(self, group: list[Completion], kind: str, with_rubric: bool) -> None:
@@ -567,10 +568,8 @@ def token_logprobs(model, input_ids: torch.Tensor, attention_mask: torch.Tensor,
         position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),  # padding takes no position
         logits_to_keep=n_completion + 1,
     ).logits[:, -n_completion - 1 : -1]  # (B, T, V): the logits at t - 1 predict token t
-
     def row_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # -> (T,)
         return torch.log_softmax(logits.float() / temperature, -1).gather(1, tokens[:, None])[:, 0]
-
     rows = zip(logits, input_ids[:, -n_completion:], strict=True)
     return torch.stack([checkpoint(row_logprobs, *row, use_reentrant=False) for row in rows])
 
@@ -618,7 +617,7 @@ def collate(completions: list[Completion], model) -> dict[str, torch.Tensor]:
         "mask": pad([[True] * len(c.ids) for c in completions]),
     }
 
-def update(model, reference, optimizer, completions: list[Completion], args) -> dict[str, float]:
+def update(model, initial, optimizer, completions: list[Completion], args) -> dict[str, float]:
     """The optimizer steps on one batch; returns means over its tokens at the last of them."""
     trained = [c for c in completions if c.rewards is not None]
     trained.sort(key=lambda c: len(c.row["prompt_ids"]) + len(c.ids))  # little padding
@@ -633,7 +632,7 @@ def update(model, reference, optimizer, completions: list[Completion], args) -> 
             logp = token_logprobs(model, *inputs)
             if "old" not in batch:  # no weight has moved since these were sampled
                 batch["old"] = logp.detach()
-                batch["ref"] = token_logprobs(reference, *inputs) if reference else batch["old"]
+                batch["ref"] = token_logprobs(initial, *inputs) if initial else batch["old"]
             old = batch["old"]
             kl = torch.where(mask, kl_to_reference(logp, batch["ref"]), 0.0).sum() / n_tokens
             loss = policy_loss(logp, old, a, mask, args.clip_low, args.clip_high, n_tokens)
@@ -641,7 +640,7 @@ def update(model, reference, optimizer, completions: list[Completion], args) -> 
             rho = torch.exp(logp.detach() - old)
             clipped = (rho > 1 + args.clip_high) & (a > 0) | (rho < 1 - args.clip_low) & (a < 0)
             sums["entropy"] -= old[mask].sum().item() / n_tokens  # E[-log pi] over its own samples
-            sums["kl"] += kl.item()
+            sums["kl"] += kl.item() if initial else math.nan  # unknown without the initial model
             sums["ratio"] += rho[mask].sum().item() / n_tokens
             sums["clip_fraction"] += clipped[mask].sum().item() / n_tokens
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -661,7 +660,6 @@ def measure(completions: list[Completion], group_size: int) -> dict[str, float]:
         "no_signal": np.mean(silent),
         "cut": np.mean([c.cut for c in completions]),
         "judge_failed": np.mean([c.rewards is None for c in completions]),
-        "steps_per_completion": np.mean([len(c.steps) for c in completions]),
         "length": np.mean([len(c.ids) for c in completions]),
     }
     return {name: float(number) for name, number in numbers.items()}
@@ -689,34 +687,26 @@ def open_run(args: argparse.Namespace) -> tuple[int, Path | None]:
         for name, value in vars(args).items():
             if not name.startswith(MAY_CHANGE) and before.get(name, value) != value:
                 stop(f"{out} was started with {name} {before[name]}, not {value}")
-        found = max(out.glob("checkpoint-??????"), default=None)
+        found = max(out.glob(CHECKPOINT), default=None)
     done = int(found.name[-6:]) if found else 0
     if done > args.steps:
         stop(f"{out} has done {done} steps already, more than --steps {args.steps}")
     for path in (out / "metrics.jsonl", out / "rollouts.jsonl"):  # forget what came later
         path.touch()
-        write_log(path, [record for record in read_log(path) if record["step"] <= done], "w")
+        write_log(path, [r for r in read_log(path) if found and r["step"] <= done], "w")
     return done, found
-
-def announce_cost(judge: Judge, messages: list, args: argparse.Namespace, steps: int) -> None:
-    """Say what the judge will be asked, before it is: an upper bound, as if nothing were cached."""
-    is_by_step = args.method == "process" and args.judge_input != "together"
-    per_problem = args.group_size * (MAX_STEPS if is_by_step else 1) + (args.rubric != "none")
-    calls = steps * args.prompts_per_step * per_problem
-    letters = sum(len(message["content"]) for message in messages)
-    tokens = calls * (letters / 4 + args.max_new_tokens + 400)  # 400: checkpoints and a reply
-    limit = f" (--max-judge-calls {args.max_judge_calls:,})" if args.max_judge_calls else ""
-    print(f"{judge.name}: at most {calls:,} calls{limit}, roughly {tokens / 1e6:.1f}M tokens; "
-          f"verdicts are kept in {judge.cache_path}")
 
 def train(args: argparse.Namespace) -> None:
     """Train a model with ExpRL or the sparse reward: sample, judge, advantage, update."""
     needed = ("question", "answer") if args.method == "sparse" else tuple(COLUMNS)
     rows, eval_rows, judge = load_rows(args.data, "train", needed=needed), [], None
     kind = "outcome" if args.method == "outcome" else args.judge_input
+    if args.eval_every and not args.eval_data and Path(args.data).is_file():
+        stop(f"--eval-every needs --eval-data: the file {args.data} has no test split")
     if args.eval_every:
         eval_rows = load_rows(args.eval_data or args.data, "test", args.eval_problems)
-    args.out = args.out or f"runs/{Path(args.model.removesuffix('/final')).name}-{args.method}"
+    name = Path(args.model.rstrip("/").removesuffix("/final")).name
+    args.out = args.out or f"runs/{name}-{args.method}"
     out, (done, found) = Path(args.out), open_run(args)
     if args.method != "sparse":
         judge = Judge(args.judge_model, args.judge_url, args.judge_threads, args.max_judge_calls,
@@ -726,12 +716,11 @@ def train(args: argparse.Namespace) -> None:
     eval_rows = eval_rows and tokenize_rows(eval_rows, tokenizer, args.max_prompt_tokens)
     if args.prompts_per_step > len(rows):
         stop(f"--prompts-per-step {args.prompts_per_step}: {args.data} has {len(rows)} problems")
-
     model = load_model(str(found or source))
-    reference = load_model(source).requires_grad_(False) if args.kl else None
+    initial = load_model(source).requires_grad_(False) if args.kl else None
     set_sampling(model, tokenizer, rows[0]["prompt_ids"], args.temperature, args.max_new_tokens)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     if found:
         state = torch.load(found / "trainer.pt", map_location=model.device)
@@ -742,22 +731,25 @@ def train(args: argparse.Namespace) -> None:
     before = json.loads(stage_1.read_text()) if stage_1.exists() else {}
     settings = vars(args) | {"sampling": model.generation_config.to_diff_dict(),
                              "steps_before": before.get("steps_before", 0) + before.get("steps", 0)}
-    (out / "settings.json").write_text(json.dumps(settings, indent=1))
+    write_log(out / "settings.json", [settings], "w")
     print(f"run: {out}, {args.method}, {len(rows)} problems, {done} of {args.steps} steps done")
-    if judge:
-        announce_cost(judge, judge_messages(kind, rows[0]), args, args.steps - done)
+    if judge:  # say what it will be asked, before it is, as if nothing were cached
+        calls = args.group_size * (MAX_STEPS if kind in ("prefix", "alone") else 1) + 1
+        calls *= (args.steps - done) * args.prompts_per_step
+        tokens = len(str(judge_messages(kind, rows[0]))) / 4 + args.max_new_tokens + 400
+        print(f"{judge.name}: up to {calls:,} calls, more if replies lack a score, roughly "
+              f"{calls * tokens / 1e6:.1f}M tokens; verdicts are kept in {judge.cache_path}")
 
     def save(step: int) -> None:
-        older, state = list(out.glob("checkpoint-*")), {"optimizer": optimizer.state_dict()}
-        save_model(out / f"checkpoint-{step:06d}", model, tokenizer, state | {"paid": paid})
-        for folder in older:
+        newest, state = out / f"checkpoint-{step:06d}", {"optimizer": optimizer.state_dict()}
+        save_model(newest, model, tokenizer, state | {"paid": paid})
+        for folder in set(out.glob(CHECKPOINT)) - {newest}:
             shutil.rmtree(folder, ignore_errors=True)
 
     def hold_out(step: int) -> None:
         path = out / f"eval-{step:06d}.jsonl"
         rates = evaluate(model, tokenizer, eval_rows, args.eval_samples, args, path)
         write_log(out / "metrics.jsonl", [{"step": step, "eval": rates}])
-
     saved = whole = done  # last step on disk; last that is complete in memory, None in mid-update
     bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc=args.method)
     try:
@@ -782,11 +774,14 @@ def train(args: argparse.Namespace) -> None:
             if failed > len(completions) / 2:
                 stop(f"{judge.name} failed on {failed} of {len(completions)} completions: --resume "
                      f"when it is mended. Its last error: {judge.last_error}")
-            whole = None
+            whole, held = None, []  # Ctrl-C waits for the end of the update
+            signal.signal(signal.SIGINT, lambda *_, held=held: held.append(True))
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, step / 5)  # warm-up
             metrics = {"step": step} | measure(completions, n) | paid
-            metrics |= update(model, reference, optimizer, completions, args)
+            metrics |= update(model, initial, optimizer, completions, args)
+            if not math.isfinite(metrics["grad_norm"]):
+                stop(f"step {step}: the gradient is no number; lower --lr, or raise --kl")
             clock.append(time.monotonic())
             phases = zip(("sample", "judge", "update"), np.diff(clock).tolist(), strict=True)
             metrics |= {f"seconds_{phase}": seconds for phase, seconds in phases}
@@ -796,6 +791,9 @@ def train(args: argparse.Namespace) -> None:
                                   if key not in ("row", "verdict", "ids", "prompt_ids")}
                 for c in completions])
             whole = step
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if held:
+                raise KeyboardInterrupt
             bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy")} | paid)
             if eval_rows and (step % args.eval_every == 0 or step == args.steps):
                 hold_out(step)
@@ -803,11 +801,12 @@ def train(args: argparse.Namespace) -> None:
                 save(step)
                 saved = step
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         bar.close()
+        if judge:
+            judge.pool.shutdown(wait=False, cancel_futures=True)  # calls on their way end, are kept
         if whole is not None and whole > saved:
             save(whole)  # also after an error or Ctrl-C
-        if judge:
-            judge.pool.shutdown(cancel_futures=True)  # calls on their way end, and are kept
     save_model(out / "final", model, tokenizer)
     print(f"trained model: {out / 'final'}; every completion: {out / 'rollouts.jsonl'}")
 
@@ -854,9 +853,10 @@ def evaluate_models(args: argparse.Namespace) -> None:
     if args.save_hard and len(args.model) > 1:
         stop("--save-hard takes one --model: hard for whom?")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    Path(args.save_hard or args.out).parent.mkdir(parents=True, exist_ok=True)
-    chosen, table = load_rows(args.data, args.split, args.problems), {}
-    models = {name: find_model(name) for name in args.model}
+    if args.save_hard:
+        write_log(Path(args.save_hard), [])  # can it be written?
+    models, table = {name: find_model(name) for name in args.model}, {}
+    chosen = load_rows(args.data, args.split, args.problems)
     for name, (source, tokenizer) in models.items():
         rows = tokenize_rows(chosen, tokenizer, args.max_prompt_tokens)
         path = Path(args.out) / (name.strip("./").replace("/", "-") + ".jsonl")
@@ -949,7 +949,7 @@ FLAGS = [  # commands, flag, default (None: required), smallest value or choices
 COMMANDS = {"train": train, "eval": evaluate_models, "plot": plot}
 MAY_CHANGE = (  # on --resume; another value of any other flag would make it another run
     "resume", "steps", "out", "judge_url", "judge_threads", "max_judge_calls", "micro_batch",
-    "sample_batch", "gradient_checkpointing", "save_every", "eval")
+    "gradient_checkpointing", "save_every", "eval")
 
 def number(text: str, kind: type, smallest: float) -> float:
     """An argparse type: a finite number that is not too small."""
@@ -990,9 +990,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        stop("interrupted; what is done is kept, and the same command with --resume goes on")
+        stop("interrupted; a training run goes on from its last checkpoint with --resume")
     except torch.OutOfMemoryError:
-        stop("out of memory: lower --micro-batch and --sample-batch, add --gradient-checkpointing")
+        stop("out of memory: lower --sample-batch; in training, --micro-batch too")
     except OSError as error:
         stop(str(error))
 

@@ -2,7 +2,7 @@
 # has the packages of requirements.txt. An active virtual or conda environment is used as it is, and
 # only what it lacks is installed there; otherwise .venv is made.
 if [ -n "${VIRTUAL_ENV:-}" ] || { [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; }; then
-  python=$(command -v python)
+  python=$(command -v python) || { echo "set-up: the active environment has no python: deactivate it" >&2; exit 1; }
   wanted=$("$python" -c '
 import importlib.metadata, re
 for line in open("requirements.txt"):

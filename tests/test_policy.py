@@ -108,6 +108,8 @@ def test_over_long_prompts_are_dropped_and_counted(tiny, capsys):
         ("It is 1,250 dollars.", "1250", True),
         ("It is 12 or 13", "12", False),
         ("-5", "5", False),
+        ("x is 10-3=7 or 8-7", "7", True),
+        ("so x = -7", "-7", True),
         ("", "0", False),
         ("no number", "1", False),
         (r"\boxed{}", "0", False),

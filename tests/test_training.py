@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,12 +81,12 @@ def test_the_update_does_not_depend_on_the_micro_batch(model):
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert (whole[0] - start).norm() > 1e-3
     assert torch.allclose(whole[0], one[0], atol=1e-6)
-    assert one[1] == pytest.approx(whole[1], abs=1e-5)
+    assert one[1] == pytest.approx(whole[1], abs=1e-5, nan_ok=True)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(model):
     plain = update(model, batch())[0]
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     assert torch.allclose(update(model, batch())[0], plain, atol=1e-6)
 
 
@@ -175,7 +176,7 @@ def test_each_method_fills_the_same_field():
 def test_a_run_writes_what_it_promises(train, tmp_path, judge, capsys):
     run = train(tmp_path / "run")
     out = capsys.readouterr().out
-    assert "at most 20 calls" in out and "tokens" in out and judge.url in out
+    assert "up to 20 calls" in out and "tokens" in out and judge.url in out
     metrics, rollouts = read(run / "metrics.jsonl"), read(run / "rollouts.jsonl")
     assert [m["step"] for m in metrics] == [1, 2] and len(rollouts) == 2 * 2 * 4
     for name in (
@@ -309,6 +310,65 @@ def test_an_interrupted_run_keeps_its_steps(train, tmp_path, monkeypatch):
     assert (tmp_path / "a" / "run" / "checkpoint-000002").is_dir()
     resumed = train(tmp_path / "a" / "run", "--steps", "4", "--resume")
     assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run", "--steps", "4"))
+
+
+def test_ctrl_c_in_mid_update_waits_for_its_end(train, tmp_path, monkeypatch):
+    update, calls = exprl.update, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return update(*args)
+
+    monkeypatch.setattr(exprl, "update", interrupted)
+    with pytest.raises(SystemExit, match=r"interrupted.*--resume"):
+        train(tmp_path / "a" / "run", "--steps", "4")
+    monkeypatch.undo()
+    assert [m["step"] for m in steps_of(tmp_path / "a" / "run")] == [1, 2]
+    assert (tmp_path / "a" / "run" / "checkpoint-000002").is_dir()
+    resumed = train(tmp_path / "a" / "run", "--steps", "4", "--resume")
+    assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run", "--steps", "4"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_while_old_checkpoints_go_costs_no_checkpoint(train, tmp_path, monkeypatch):
+    rmtree = exprl.shutil.rmtree
+
+    def interrupted(folder, **kwargs):
+        if folder.name == "checkpoint-000001" and folder.exists():
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        rmtree(folder, **kwargs)
+
+    monkeypatch.setattr(exprl.shutil, "rmtree", interrupted)
+    with pytest.raises(SystemExit, match="interrupted"):
+        train(tmp_path / "run", "--steps", "3", "--save-every", "1")
+    assert (tmp_path / "run" / "checkpoint-000002" / "trainer.pt").exists()
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(train, tmp_path):
+    run = train(tmp_path / "run", "--save-every", "1")
+    (run / "checkpoint-000002").rename(run / "checkpoint-backup")
+    train(run, "--save-every", "1", "--resume", "--steps", "3")
+    assert (run / "checkpoint-backup").is_dir() and (run / "checkpoint-000003").is_dir()
+
+
+def test_a_diverging_run_stops_with_a_line(train, tmp_path, monkeypatch):
+    update = exprl.update
+    monkeypatch.setattr(exprl, "update", lambda *args: update(*args) | {"grad_norm": float("nan")})
+    with pytest.raises(SystemExit, match="step 1: the gradient is no number; lower --lr"):
+        train(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_torn_weights_get_a_line(train, tmp_path, tiny):
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(SystemExit, match="base cannot be loaded"):
+        train(tmp_path / "run", "--model", tmp_path / "base")
 
 
 def test_a_judge_that_fails_stops_the_run_and_nothing_is_lost(train, tmp_path, monkeypatch):
@@ -514,6 +574,7 @@ def test_bootstrap_interval():
         (["--step", "3"], "--step"),
         (["--prompts-per-step", "25"], "has 24 problems"),
         (["--eval-every", "1", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--eval-every", "1"], "--eval-every needs --eval-data"),
         (["--judge-url", "http://127.0.0.1:9/v1"], "cannot be reached"),
         (["--judge-url", ""], "OPENAI_API_KEY"),
     ],
