@@ -916,7 +916,7 @@ FLAGS = [  # commands, flag, default (None: required), smallest value or choices
     ("train", "--judge-model", "gpt-4.1-mini", None, "the judge's name at its API"),
     ("train", "--judge-url", "", None, "its OpenAI-compatible API (or $OPENAI_BASE_URL, OpenAI)"),
     ("train", "--judge-input", "together", ("together", "prefix", "alone"), "steps in a call"),
-    ("train", "--rubric", "checkpoints", ("checkpoints", "none"), "of each reference, first"),
+    ("train", "--rubric", "checkpoints", ("checkpoints", "none"), "made of each reference first"),
     ("train", "--process-norm", "delta", ("delta", "end", "group"), "baseline of a step's reward"),
     ("train", "--judge-threads", 16, 1, "judge calls at a time"),
     ("train", "--max-judge-calls", 0, 0, "stop after so many paid calls; 0: no limit"),

@@ -60,28 +60,19 @@ def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
 
+def train_command(tiny: Path, judge, out: Path, *flags: str) -> list[str]:
+    """A run of two small steps; a flag given here replaces the one of SMALL."""
+    files = ["--model", tiny / "base", "--data", tiny / "train.jsonl", "--out", out]
+    server = ["--judge-url", judge.url, "--judge-model", "toy-judge"]
+    return list(map(str, ["train", *files, *server, *SMALL, *flags]))
+
+
 @pytest.fixture
 def train(tiny, judge, no_key):
-    """train(out, *flags): a run of two small steps; a flag given here replaces the one of SMALL."""
+    """train(out, *flags): the run of train_command, in this process; returns its folder."""
 
     def run(out: Path, *flags: str) -> Path:
-        exprl.main(
-            [
-                "train",
-                "--model",
-                str(tiny / "base"),
-                "--data",
-                str(tiny / "train.jsonl"),
-                "--judge-url",
-                judge.url,
-                "--judge-model",
-                "toy-judge",
-                *SMALL,
-                "--out",
-                str(out),
-                *map(str, flags),
-            ]
-        )
+        exprl.main(train_command(tiny, judge, out, *flags))
         return out
 
     return run

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy_world
-from conftest import SMALL, TESTS, read, steps_of, weights_of
+from conftest import TESTS, read, steps_of, train_command, weights_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import exprl
@@ -248,24 +248,8 @@ def test_resumed_is_unbroken_to_the_bit(train, tmp_path, method):
 def test_killed_in_mid_step_it_goes_on_and_pays_nothing_twice(tiny, judge, train, tmp_path):
     flags = ["--steps", "5", "--save-every", "2"]
     run = tmp_path / "a" / "run"
-    command = [
-        sys.executable,
-        str(TESTS.parent / "exprl.py"),
-        "--model",
-        str(tiny / "base"),
-        "--data",
-        str(tiny / "train.jsonl"),
-        "--judge-url",
-        judge.url,
-        "--judge-model",
-        "toy-judge",
-        *SMALL,
-        *flags,
-        "--steps",
-        "500",
-        "--out",
-        str(run),
-    ]
+    command = [sys.executable, str(TESTS.parent / "exprl.py")]
+    command += train_command(tiny, judge, run, *flags, "--steps", "500")
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     for _ in range(600):
         if (run / "metrics.jsonl").exists() and len(
@@ -390,6 +374,23 @@ def test_a_judge_that_fails_stops_the_run_and_nothing_is_lost(train, tmp_path, m
     assert any(r["rewards"] is None and r["advantages"] == [] for r in read(run / "rollouts.jsonl"))
 
 
+def test_a_group_is_judged_while_the_next_is_sampled(train, tmp_path, judge, monkeypatch):
+    sample_groups, asked = exprl.sample_groups, []
+
+    def patient(*args):
+        if len(asked) == 2:  # the second group is with the judge, the third is to be sampled
+            deadline = time.monotonic() + 20
+            while len(judge.requests) == asked[-1] and time.monotonic() < deadline:
+                time.sleep(0.02)
+        asked.append(len(judge.requests))
+        return sample_groups(*args)
+
+    monkeypatch.setattr(exprl, "sample_groups", patient)
+    flags = ["--steps", "1", "--prompts-per-step", "3", "--sample-batch", "4"]
+    train(tmp_path / "run", *flags)
+    assert len(asked) == 3 and asked[0] < asked[1] < asked[2]
+
+
 def test_max_judge_calls_stops_and_resumes(train, tmp_path, judge):
     asked = len(judge.requests)
     with pytest.raises(SystemExit, match="--max-judge-calls 5"):
@@ -424,21 +425,7 @@ FLAGS = {  # another value of each flag, and what it must change
 @pytest.fixture(scope="module")
 def baseline(tiny, judge, tmp_path_factory):
     out = tmp_path_factory.mktemp("baseline") / "run"
-    exprl.main(
-        [
-            "--model",
-            str(tiny / "base"),
-            "--data",
-            str(tiny / "train.jsonl"),
-            "--judge-url",
-            judge.url,
-            "--judge-model",
-            "toy-judge",
-            *SMALL,
-            "--out",
-            str(out),
-        ]
-    )
+    exprl.main(train_command(tiny, judge, out))
     return out
 
 
