@@ -905,7 +905,7 @@ def plot(args: argparse.Namespace) -> None:
 # ---- Command line --------------------------------------------------------------------------------
 FLAGS = [  # commands, flag, default (None: required), smallest value or choices, meaning
     ("train", "--model", None, None, "hub id, short name (Qwen2.5-0.5B) or folder (RUN/final)"),
-    ("eval", "--model", None, "+", "the same, one or more"),
+    ("eval", "--model", None, "+", "one or more: hub ids, short names, folders (RUN/final)"),
     ("plot", "run", None, "+", "run folders"),
     ("train", "--method", "process", ("process", "outcome", "sparse"), "what makes the rewards"),
     ("train eval", "--data", "gsm8k", None, "gsm8k, math, FILE.jsonl or HUB_ID[:CONFIG]"),
