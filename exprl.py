@@ -212,7 +212,6 @@ def policy_prompt(tokenizer, question: str) -> list[int]:
 def tokenize_rows(rows: list[dict], tokenizer, limit: int) -> list[dict]:
     """Rows with their "prompt_ids"; those of more than `limit` tokens are dropped and counted."""
     rows = [row | {"prompt_ids": policy_prompt(tokenizer, row["question"])} for row in rows]
-    rows = [row | {"prompt": tokenizer.decode(row["prompt_ids"])} for row in rows]
     kept = [row for row in rows if len(row["prompt_ids"]) <= limit]
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} problems with prompts of over {limit} tokens")
@@ -651,7 +650,7 @@ def update(model, initial, optimizer, completions: list[Completion], args) -> di
 
 def measure(completions: list[Completion], group_size: int) -> dict[str, float]:
     """What a batch says. Watch `accuracy` beside `reward`: a widening gap is reward hacking."""
-    rewards = [np.mean(c.rewards) for c in completions if c.rewards is not None] or [0.0]
+    rewards = [np.mean(c.rewards) for c in completions if c.rewards is not None]
     silent = [not any(any(c.advantages) for c in g) for g in groups(completions, group_size)]
     numbers = {
         "reward": np.mean(rewards),
@@ -787,9 +786,9 @@ def train(args: argparse.Namespace) -> None:
             metrics |= {f"seconds_{phase}": seconds for phase, seconds in phases}
             write_log(out / "metrics.jsonl", [metrics])
             write_log(out / "rollouts.jsonl", [
-                {"step": step} | {key: value for key, value in (c.row | vars(c)).items()
-                                  if key not in ("row", "verdict", "ids", "prompt_ids")}
-                for c in completions])
+                {"step": step, "prompt": tokenizer.decode(c.row["prompt_ids"])}
+                | {key: value for key, value in (c.row | vars(c)).items()
+                   if key not in ("row", "verdict", "ids", "prompt_ids")} for c in completions])
             whole = step
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if held:
@@ -951,7 +950,7 @@ MAY_CHANGE = (  # on --resume; another value of any other flag would make it ano
     "resume", "steps", "out", "judge_url", "judge_threads", "max_judge_calls", "micro_batch",
     "gradient_checkpointing", "save_every", "eval")
 
-def number(text: str, kind: type, smallest: float) -> float:
+def at_least(text: str, kind: type, smallest: float) -> float:
     """An argparse type: a finite number that is not too small."""
     try:
         value = kind(text)
@@ -976,7 +975,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         if default is False:
             given["action"] = "store_true"
         elif type(default) in (int, float):
-            given["type"] = functools.partial(number, kind=type(default), smallest=limit)
+            given["type"] = functools.partial(at_least, kind=type(default), smallest=limit)
         else:
             given |= {"nargs": limit} if limit == "+" else {"choices": limit}
         for name in names.split():

@@ -256,7 +256,7 @@ def test_dropout_is_off(tiny, tmp_path):
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_reading_counts(tmp_path):
+def test_a_log_survives_a_torn_line_and_is_replaced_whole(tmp_path):
     exprl.write_log(tmp_path / "a.jsonl", [{"a": 1}])
     exprl.write_log(tmp_path / "a.jsonl", [{"a": 2}])
     with open(tmp_path / "a.jsonl", "a") as file:

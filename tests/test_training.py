@@ -1,6 +1,7 @@
 """Runs on the toy world: what is trained, written, kept, resumed and evaluated, or refused."""
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -267,6 +268,18 @@ def test_killed_in_mid_step_it_goes_on_and_pays_nothing_twice(tiny, judge, train
     whole = train(tmp_path / "b" / "run", *flags, "--steps", steps)
     assert weights_of(whole) == weights_of(run)
     assert [m["step"] for m in steps_of(run)] == list(range(1, done + 4))
+
+
+def test_what_came_after_the_checkpoint_is_forgotten(train, tmp_path):
+    """A run that was killed between two checkpoints has logged steps that it will do again."""
+    run = train(tmp_path / "run")
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        later = json.dumps(read(run / name)[-1] | {"step": 3})
+        with open(run / name, "a") as file:
+            file.write(later + "\n" + later[:20])
+    train(run, "--resume", "--steps", "3")
+    assert [m["step"] for m in steps_of(run)] == [1, 2, 3]
+    assert len(read(run / "rollouts.jsonl")) == 3 * 2 * 4
 
 
 def test_a_repeated_run_pays_nothing(train, tmp_path, judge):
