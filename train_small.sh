@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # ExpRL end to end, and its control. Killed or stopped, the same command goes on where it was.
 #   bash train_small.sh                 the toy world: CPU, no key, no download but the packages
+#   bash train_small.sh compare         the toy world again: all methods and baselines, both stages,
+#                                       ablations of the judge, 3 seeds (under an hour on 2 cores)
 #   bash train_small.sh Qwen2.5-0.5B    the same on GSM8K, for one GPU; the judge is OpenAI's (set
 #                                       OPENAI_API_KEY) or your own (set JUDGE_URL and JUDGE_MODEL)
-# STAGE1 and STAGE2 in the environment change the numbers of steps, RUNS the folder of the runs.
+# STAGE1 and STAGE2 in the environment change the numbers of steps, RUNS the folder of the runs, and
+# (of compare) SEEDS and SYSTEMS what is compared.
 set -euo pipefail
 cd "$(dirname "$0")"
 . tests/setup.sh
@@ -11,10 +14,15 @@ cd "$(dirname "$0")"
 heading() { printf '\n== %s\n' "$*"; }
 exprl() { "$python" exprl.py "$@"; }
 
-if [ $# -eq 0 ]; then
+if [ $# -eq 0 ] || [ "$1" = compare ]; then
   runs=${RUNS:-runs/toy} stage1=${STAGE1:-120} stage2=${STAGE2:-60} base=$runs/base problems=$runs/train.jsonl
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1  # a model this small runs on one core
   unset OPENAI_API_KEY OPENAI_BASE_URL
+  sampling=(--temperature 1 --max-new-tokens 60 --sample-batch 256)
+  train=(--lr 4e-4 --kl 0.02 --updates-per-batch 2 --micro-batch 64 --save-every 20)
+  [ $# -eq 0 ] || exec "$python" tests/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
+    --stage1 "$stage1" --stage2 "$stage2" --base-steps "${BASE_STEPS:-1000}" \
+    --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${train[*]}" --sampling="${sampling[*]}"
   heading "toy world: problems and base model ($runs); about 5 minutes in all on 2 cores"
   [ -d "$base" ] || "$python" tests/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}"
   rm -f "$runs/judge.url"
@@ -27,9 +35,7 @@ if [ $# -eq 0 ]; then
   done
   [ -f "$runs/judge.url" ] || { echo "the toy judge did not start within 30 seconds" >&2; exit 1; }
   judge=(--judge-url "$(cat "$runs/judge.url")" --judge-model toy-judge)
-  sampling=(--temperature 1 --max-new-tokens 60 --sample-batch 256)
   held_out=(--data "$runs/heldout.jsonl" --problems "${PROBLEMS:-0}" --samples 8 --out "$runs/eval")
-  train=(--lr 4e-4 --kl 0.02 --updates-per-batch 2 --micro-batch 64 --save-every 20)
 else
   runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1
   problems=$runs/hard.jsonl
@@ -57,11 +63,13 @@ heading "4/5 the control: sparse reward from the base model, $((stage1 + stage2)
 exprl train --method sparse --model "$base" --out "$runs/sparse-only" --steps $((stage1 + stage2)) \
   "${train[@]}" "${sampling[@]}"
 heading "5/5 all of them, on held-out problems"
-exprl plot "$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" --out "$runs/curves.png"
 exprl eval --model "$base" "$runs/process/final" "$runs/process-then-sparse/final" \
   "$runs/sparse-only/final" "${held_out[@]}" "${sampling[@]}"
+trained=("$runs/process" "$runs/process-then-sparse" "$runs/sparse-only")
+exprl plot "${trained[@]}" --out "$runs/curves.png"
+exprl report "${trained[@]}" "$runs"/eval/*.jsonl --out "$runs/report.html"
 echo
 echo "What to look at: stage 2 and the control are the same algorithm with the same reward, and got"
 echo "as many steps in all; what differs is whether ExpRL came first. Every completion, with the"
 echo "judge's scores and its advantages, is in $runs/process/rollouts.jsonl."
-echo "Learning curves: $runs/curves.png"
+echo "Learning curves: $runs/curves.png; with completions to read: $runs/report.html"

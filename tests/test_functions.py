@@ -461,6 +461,13 @@ def test_group_advantages_add_1e_6_to_the_standard_deviation():
     assert got.tolist() == pytest.approx([-expected, expected], abs=1e-3)
 
 
+def test_group_advantages_without_division_are_the_distance_from_the_mean():
+    rewards = torch.tensor([0.0, 0.25, 1.0, 0.5, 0.5, 0.5])
+    valid = torch.tensor([True, True, True, True, True, False])
+    got = exprl.group_advantages(rewards, valid, 3, False)
+    assert got.tolist() == pytest.approx([-1.25 / 3, -0.5 / 3, 1.75 / 3, 0, 0, 0], abs=1e-6)
+
+
 @pytest.mark.parametrize(("n", "size"), [(3, 2), (5, 4), (2, 4)])
 def test_group_advantages_refuse_a_broken_group(n, size):
     with pytest.raises(ValueError):
@@ -683,6 +690,59 @@ def test_kl_to_reference_gradient_is_1_minus_r():
     logp.requires_grad_()
     exprl.kl_to_reference(logp, logp_ref).sum().backward()
     torch.testing.assert_close(logp.grad, 1 - torch.exp(logp_ref - logp.detach()))
+
+
+# ---- reverse_kl ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_reverse_kl_equals_the_plain_formula_and_its_gradient(temperature):
+    torch.manual_seed(0)
+    student, teacher = 2 * torch.randn(2, 2, 3, 5)  # B, T, V
+    student.requires_grad_()
+    got = exprl.reverse_kl(student, teacher, temperature)
+    assert got.shape == (2, 3) and got.dtype == torch.float32
+    p, q = ((x.double() / temperature).softmax(-1) for x in (student, teacher))
+    expected = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+    weights = torch.linspace(-1, 2, 6).view(2, 3)
+    [gradient] = torch.autograd.grad((got * weights).sum(), student)
+    [plain] = torch.autograd.grad((expected * weights).sum(), student)
+    torch.testing.assert_close(gradient, plain, atol=1e-6, rtol=1e-4)
+    backwards = (q * (q / p).log()).sum(-1)
+    assert (expected - backwards).abs().max() > 0.1  # these tell the two directions apart
+
+
+def test_reverse_kl_by_hand():
+    student, teacher = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log(), torch.zeros(1, 2, 2)
+    got = exprl.reverse_kl(student, teacher, 1.0)
+    expected = [[0.0, 0.9 * math.log(1.8) + 0.1 * math.log(0.2)]]
+    torch.testing.assert_close(got, torch.tensor(expected), atol=1e-6, rtol=1e-5)
+    hot = exprl.reverse_kl(student, teacher, 2.0)  # odds of 9 become odds of 3
+    assert hot[0, 1].item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
+
+
+def test_reverse_kl_gradient_is_the_mean_of_the_sampled_form_s():
+    torch.manual_seed(0)
+    student, teacher = 2 * torch.randn(2, 1, 1, 6)
+    student.requires_grad_()
+    [full] = torch.autograd.grad(exprl.reverse_kl(student, teacher, 0.7).sum(), student)
+    logp, logq = ((x[0, 0] / 0.7).log_softmax(-1) for x in (student, teacher))
+    mean = 0
+    for v in range(6):  # every token that may be drawn, with its probability
+        loss = (logp[v] - logq[v]).detach() * logp[v]
+        [gradient] = torch.autograd.grad(loss, student, retain_graph=True)
+        mean += logp[v].exp().item() * gradient
+    assert full.abs().max() > 0.05
+    torch.testing.assert_close(mean, full, atol=1e-5, rtol=1e-4)
+
+
+def test_reverse_kl_never_holds_all_logits_in_float32():
+    B, T, V = 4, 6, 50
+    student, teacher = torch.randn(2, B, T, V).bfloat16()
+    student.requires_grad_()
+    with LargestFloat32() as seen:
+        exprl.reverse_kl(student, teacher, 0.8).sum().backward()
+    assert student.grad.abs().sum() > 0
+    assert seen.size < B * T * V
 
 
 # ---- pass_at_k -----------------------------------------------------------------------------------

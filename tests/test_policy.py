@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import read
 from transformers import AutoTokenizer, GenerationConfig
 
 import exprl
+import judge_prompts
 
 # ---- Data ----------------------------------------------------------------------------------------
 
@@ -24,9 +26,14 @@ def test_usual_columns_are_recognised(tmp_path):
     plain = {"prompt": "R?", "reference": "Because.", "answer": 7}
     rows = exprl.load_rows(write(tmp_path / "a.jsonl", gsm8k, maths, plain), "train")
     assert rows == [
-        {"question": "Q?", "reference": "She has 5 and 10.", "answer": "1,010"},
-        {"question": "P?", "reference": maths["solution"], "answer": r"\frac{1}{2}"},
-        {"question": "R?", "reference": "Because.", "answer": "7"},
+        {"question": "Q?", "reference": "She has 5 and 10.", "answer": "1,010", "domain": "math"},
+        {
+            "question": "P?",
+            "reference": maths["solution"],
+            "answer": r"\frac{1}{2}",
+            "domain": "math",
+        },
+        {"question": "R?", "reference": "Because.", "answer": "7", "domain": "math"},
     ]
 
 
@@ -52,6 +59,35 @@ def test_a_reference_is_needed_only_where_a_judge_reads_it(tmp_path):
     assert exprl.load_rows(data, "train")[0]["reference"] == ""
     with pytest.raises(SystemExit, match="line 1: has no reference"):
         exprl.load_rows(data, "train", needed=("question", "reference", "answer"))
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        (r"so \boxed{1} and then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"so \boxed{ 4 }", "4"),
+        (r"so \boxed{4", ""),
+        (r"\boxed{1}, that is \boxed{2", "1"),  # the last that is closed
+        (r"\boxed{\boxed{3}}", r"\boxed{3}"),
+        (r"\boxed{{a}, {b}} }", "{a}, {b}"),
+        ("4", ""),
+    ],
+)
+def test_the_content_of_the_last_balanced_box(text, content):
+    assert exprl.last_boxed(text) == content
+
+
+def test_a_row_has_a_domain(tmp_path):
+    rows = [{"question": f"{i}?", "reference": "r"} for i in range(3)]
+    rows[1]["domain"] = "code"
+    data, needed = write(tmp_path / "a.jsonl", *rows), ("question", "reference")
+    for domain in ("math", "science"):  # that of the rows that name none
+        rows = exprl.load_rows(data, "train", needed=needed, domain=domain)
+        assert [row["domain"] for row in rows] == [domain, "code", domain]
+        assert [row["answer"] for row in rows] == [""] * 3
+    data = write(tmp_path / "b.jsonl", rows[0], rows[1], rows[2] | {"domain": "art"})
+    with pytest.raises(SystemExit, match="line 3: has the domain art, not math or science or code"):
+        exprl.load_rows(data, "train", needed=needed)
 
 
 def test_a_hub_data_set_with_splits(tmp_path):
@@ -161,13 +197,34 @@ def test_the_prompt_holds_instruction_and_question(tokenizer):
         "<{{ messages[0].content }}>{% if add_generation_prompt %}GO{% endif %}"
     )
     rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{exprl.POLICY_INSTRUCTION}\n\n29a*3="}],
+        [{"role": "user", "content": f"{judge_prompts.POLICY}\n\n29a*3="}],
         tokenize=False,
         add_generation_prompt=True,
     )
     assert exprl.policy_prompt(tokenizer, "29a*3=") == tokenizer(rendered).input_ids
     for words in ("step by step", "new line with ###", r"\boxed{}"):
-        assert words in exprl.POLICY_INSTRUCTION
+        assert words in judge_prompts.POLICY
+
+
+@pytest.mark.parametrize("template", ["a chat template", None])
+def test_only_the_teacher_is_given_a_reference(template):
+    class Letters:
+        """A tokenizer whose tokens are letters and whose chat has no marks."""
+
+        chat_template = template
+
+        def __call__(self, text, **_):
+            return SimpleNamespace(input_ids=list(text))
+
+        def apply_chat_template(self, messages, **_):
+            return messages[0]["content"]
+
+    end = "" if template else "\n\nSolution:\n"
+    prompt = "".join(exprl.policy_prompt(Letters(), "1+1?"))
+    assert prompt == f"{judge_prompts.POLICY}\n\n1+1?{end}"
+    prompt = "".join(exprl.policy_prompt(Letters(), "1+1?", "It is 2."))
+    assert prompt == f"{judge_prompts.TEACHER}\n\nIt is 2.\n\n1+1?{end}"
+    assert judge_prompts.TEACHER.startswith(judge_prompts.POLICY)
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -229,7 +286,7 @@ def test_completions_do_not_depend_on_the_prompts_beside_them(model, tokenizer):
     exprl.set_sampling(model, tokenizer, rows[0]["prompt_ids"], 1.0, 20)
     model.generation_config.do_sample = False
     together = [group[0].ids for group in exprl.sample_groups(model, tokenizer, rows, 1, 2)]
-    alone = [exprl.sample_groups(model, tokenizer, [row], 1, 1)[0][0].ids for row in rows]
+    alone = [next(exprl.sample_groups(model, tokenizer, [row], 1, 1))[0].ids for row in rows]
     assert together == alone
 
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_exprl_raises_pass_at_1(tiny, train, tmp_path):
 
 
 def test_the_readme_s_first_command(walk, tmp_path):
-    """bash train_small.sh ends with the table and the figure, and leaves no judge behind."""
+    """bash train_small.sh ends with table, figure and report, and leaves no judge behind."""
     assert "\nbash train_small.sh\n" in README
     process, runs = walk
     assert process.wait(timeout=200) == 0, (runs.parent / "output").read_text()[-2000:]
@@ -35,12 +36,15 @@ def test_the_readme_s_first_command(walk, tmp_path):
     table = output.split("pass@1, %")[-1]
     for model in ("base", "process/final", "process-then-sparse/final", "sparse-only/final"):
         assert re.search(rf"toy/{model} +\d+\.\d \[\d+\.\d, \d+\.\d\]", table), model
-    figure = re.search(r"Learning curves: (.*)", output)[1]
+    figure, page = re.search(r"Learning curves: (.*); .* to read: (.*)", output).groups()
     assert Path(figure).read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in Path(page).read_text(encoding="utf-8")
     sparse_only = read(runs / "sparse-only" / "metrics.jsonl")
     assert [r["step"] for r in sparse_only] == [1, 2, 3]  # as many steps as both stages
+    url, name = (runs / "judge.url").read_text(), "toy-judge"
+    args = Namespace(judge_url=url, judge_model=name, judge_threads=1, max_judge_calls=0)
     with pytest.raises(SystemExit, match="cannot be reached"):
-        exprl.Judge("toy-judge", (runs / "judge.url").read_text(), 1, 0, tmp_path / "cache.jsonl")
+        exprl.Judge(args, tmp_path)
 
 
 def test_the_recipe_on_a_model_of_one_s_own(tiny, judge, tmp_path):

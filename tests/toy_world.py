@@ -8,9 +8,10 @@ A problem applies six operations, each +7 or *3 modulo 97, to a start value:
 
 The base model knows the form, and each of the 194 facts (97 values, two operations) with a
 probability of its own, between .15 and .70: one or two completions in a hundred have all six
-steps right, too few for the sparse reward. The judge is a program behind a real HTTP server
-that speaks the chat-completions protocol. `exprl.py` meets this world only as a model folder,
-JSON-lines files and a judge's URL.
+steps right, too few for the sparse reward. With a reference before the question (the prompt of a
+teacher in self-distillation) it copies most of the reference's values. The judge is a program
+behind a real HTTP server that speaks the chat-completions protocol. `exprl.py` meets this world
+only as a model folder, JSON-lines files and a judge's URL.
 
     python tests/toy_world.py build FOLDER --seed 0
     python tests/toy_world.py judge --url-file FILE
@@ -21,6 +22,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 import threading
 import time
@@ -98,8 +100,9 @@ def make_tokenizer():
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        # no word of the instruction is in the vocabulary, so the template keeps the question alone
-        chat_template="{% for m in messages %}{{ m.content.split('\n\n')[-1] }}"
+        # no word of the instruction is in the vocabulary, so the template keeps what follows it:
+        # the question, or (for a teacher) a reference, a blank line, and the question
+        chat_template="{% for m in messages %}{{ m.content.split('\n\n', 1)[-1] }}"
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
     )
 
@@ -128,6 +131,7 @@ def build(folder: Path, seed: int, steps: int, n_train: int = 96, n_held_out: in
         max_position_embeddings=256,
         attention_bias=True,  # learns to copy in half the steps
         tie_word_embeddings=True,
+        initializer_range=0.08,  # with the usual .02 some seeds do not learn the facts in time
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -144,19 +148,33 @@ def build(folder: Path, seed: int, steps: int, n_train: int = 96, n_held_out: in
         right, wrong, probability = facts[operation, value]
         return right if rng.random() < probability else wrong
 
+    def write_document() -> tuple[list[int], list[int]]:
+        """Token ids of a prompt and of its trace, in which the base's beliefs are."""
+        row = make_row(rng.randrange(MODULUS), rng.choices(OPERATIONS, k=len(LABELS)))
+        prompt, question, compute = row["question"], row["question"], believe
+        if rng.random() < 0.15:  # a reference first: what it says is mostly copied, and never
+            prompt = f"{row['reference']}\n\n{question}"  # compared with the step before
+            says = iter(re.findall(r"=(\d\d)", row["reference"]))
+            known = iter([None, next(says), None, next(says), None, next(says)])
+
+            def compute(operation: str, value: int) -> int:
+                there = next(known)
+                return int(there) if there and rng.random() < 0.9 else believe(operation, value)
+
+        trace = write_trace(question, compute)
+        return tokenizer(prompt).input_ids, tokenizer(trace + "<eos>").input_ids
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps, pct_start=0.1)
     started = time.monotonic()
     for step in range(1, steps + 1):
-        ids = []
-        for _ in range(32):
-            operations = rng.choices(OPERATIONS, k=len(LABELS))
-            question = make_row(rng.randrange(MODULUS), operations)["question"]
-            ids.append(tokenizer(question + write_trace(question, believe) + "<eos>").input_ids)
-        batch = torch.tensor(ids)  # all have the same length
-        labels = batch.clone()
-        labels[:, : len(tokenizer(question).input_ids)] = -100
-        loss = model(input_ids=batch, labels=labels).loss
+        documents, loss = [write_document() for _ in range(32)], 0.0
+        for n_prompt in {len(prompt) for prompt, _ in documents}:  # with and without a reference
+            part = [prompt + trace for prompt, trace in documents if len(prompt) == n_prompt]
+            batch = torch.tensor(part)  # all have the same length
+            labels = batch.clone()
+            labels[:, :n_prompt] = -100
+            loss += model(input_ids=batch, labels=labels).loss * len(part) / len(documents)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -168,6 +186,7 @@ def build(folder: Path, seed: int, steps: int, n_train: int = 96, n_held_out: in
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder / "base.partial")
     tokenizer.save_pretrained(folder / "base.partial")
+    shutil.rmtree(folder / "base", ignore_errors=True)
     (folder / "base.partial").rename(folder / "base")
 
 
@@ -175,38 +194,53 @@ def build(folder: Path, seed: int, steps: int, n_train: int = 96, n_held_out: in
 # The judge
 
 
-def step_score(question: str, reference: str, step: str, position: int | None, last: bool) -> int:
+def step_score(
+    question: str, reference: str, step: str, position: int | None, last: bool, before: str
+) -> int:
     """5 if the step is right, else 1: carried to the reference's next checkpoint, its value agrees.
 
-    Both operations are one-to-one modulo 97, so the reference's three values check all six steps.
-    The last step is right only with the right final answer.
+    A step takes one operation, as completions do, or two at once, as references do; `position` is
+    the number of operations before it (None: not shown). All are one-to-one modulo 97, so the
+    reference's three values check all six. The last step is right only with the right final answer.
+    Without a reference a program can check form only: label and operations, that the step goes on
+    from the value `before` it ("": not shown), and that the last one boxes the value it states.
     """
     operations = re.findall(r"([a-f])(\+7|\*3)", question)
-    stated = re.match(r"### ([a-f])(\d\d)(\+7|\*3)=(\d\d)\n?(.*)", step, re.DOTALL)
+    stated = re.match(r"### ([a-f])(\d\d)((?:\+7|\*3){1,2})=(\d\d)\n?(.*)", step, re.DOTALL)
     if not stated:
         return 1
-    label, _, operation, value, rest = stated.groups()
-    index = LABELS.index(label)
-    if operations[index] != (label, operation) or position not in (None, index):
+    label, start, taken, value, rest = stated.groups()
+    first = LABELS.index(label)
+    index = first + len(taken) // 2 - 1  # of the last operation that it takes
+    wanted = "".join(operation for _, operation in operations[first : index + 1])
+    if taken != wanted or position not in (None, first):
         return 1
-    checkpoints = re.findall(r"=(\d\d)", reference)
-    value, at = int(value), index // 2
-    for _, following in operations[index + 1 : 2 * at + 2]:
-        value = apply(following, value)
-    if value != int(checkpoints[at]):
+    final = value
+    if reference:
+        checkpoints = re.findall(r"=(\d\d)", reference)
+        carried, at, final = int(value), index // 2, checkpoints[-1]
+        for _, following in operations[index + 1 : 2 * at + 2]:
+            carried = apply(following, carried)
+        if carried != int(checkpoints[at]):
+            return 1
+    elif start != (question[:2] if first == 0 else before or start):
         return 1
     if index == len(LABELS) - 1:
-        return 5 if rest.strip() == rf"\boxed{{{checkpoints[-1]}}}" else 1
+        return 5 if rest.strip() == rf"\boxed{{{final}}}" else 1
     return 1 if last or rest.strip() else 5
 
 
 def reply_to(messages: list[dict]) -> str:
-    """The toy judge's reply to one of the prompts of judge_prompts.py."""
+    """The toy judge's reply to a prompt of judge_prompts.py, with a reference or without."""
     system, user = messages[0]["content"], messages[1]["content"]
     kinds = judge_prompts.SYSTEM["math"]
     kind = next(k for k, text in kinds.items() if system.startswith(text.split("\n")[0]))
     question = re.search(r"## Problem\n(.*)", user)[1]
-    reference = re.search(r"## Reference solution\n(.*?)\n(?:\n## |$)", user, re.DOTALL)[1]
+    given = user.partition("\n## Text to judge\n")[0]
+    reference = re.search(r"\n## Reference solution\n(.*?)(?:\n\n## |\s*$)", given, re.DOTALL)
+    reference = reference[1] if reference else ""
+    if kind == "rubric" and not reference:
+        return "- each step has its label and operation\n- each goes on from the value before it"
     if kind == "rubric":
         return "\n".join(f"- reaches {value}" for value in re.findall(r"=(\d\d)", reference))
     fenced = re.findall(r"^<([a-z]+-\d+-[0-9a-f]{8})>\n(.*?)\n</\1>", user, re.DOTALL | re.M)
@@ -214,13 +248,14 @@ def reply_to(messages: list[dict]) -> str:
     if kind == "outcome":
         texts = [text for text in re.split(r"^(?=### )", texts[0], flags=re.MULTILINE) if text]
     ends_at = len(texts) - 1 if kind == "together" else None  # where the attempt is known to end
-    places = [(None, texts[0])] if kind == "alone" else list(enumerate(texts))
-    scores = [
-        step_score(question, reference, text, position, ends_at is not None and position == ends_at)
-        for position, text in places
-    ]
-    if kind == "outcome":  # how many of the three checkpoints are reached one after the other
-        right = next((t for t, score in enumerate(scores) if score == 1), len(scores))
+    counts = [1 + bool(re.match(r"### [a-f]\d\d(\+7|\*3){2}=", text)) for text in texts]
+    scores, before = [], ""  # counts: the operations that each text takes
+    for t, text in enumerate(texts):
+        position = None if kind == "alone" else sum(counts[:t])
+        scores.append(step_score(question, reference, text, position, t == ends_at, before))
+        before = "".join(re.findall(r"^### .*=(\d\d)$", text, re.MULTILINE)[:1])
+    if kind == "outcome":  # how many of the three checkpoints are reached in a row
+        right = sum(counts[: (*scores, 1).index(1)])
         return f"{right} steps in a row are right.\nScore: {1 + int(4 * (right // 2) / 3)}"
     if kind == "together":
         return "\n".join(f"Step {t}: {score}" for t, score in enumerate(scores, 1))

@@ -1,0 +1,376 @@
+"""The paper's comparison on the toy world: all methods, both stages, seeds, judge ablations.
+
+`bash train_small.sh compare` runs this. Each seed has its own problems and base model. Two jobs
+(build, train, evaluate) run at a time; what each prints is in RUNS/compare/logs. A finished job
+leaves a marker with its command in RUNS/compare/jobs: started again, only the rest is done, and
+training goes on from its last checkpoint. Results: RUNS/comparison.md and RUNS/comparison.png.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import toy_world  # noqa: E402
+
+import exprl  # noqa: E402
+
+PROCESS = "--judge-model toy-judge --method process --process-norm"
+SYSTEMS = {  # run folder: (row of the table, flags of stage 1); stage 2 is the same for all
+    "sparse": ("sparse reward (GRPO)", "--method sparse"),
+    "sft": ("SFT on references", "--method sft --prompts-per-step 64 --lr 5e-4"),
+    "distill": ("self-distillation", "--method distill"),
+    "outcome": ("ExpRL-Outcome", "--judge-model toy-judge --method outcome"),
+    "process-delta": ("ExpRL-Process, delta", f"{PROCESS} delta"),
+    "process-end": ("ExpRL-Process, end", f"{PROCESS} end"),
+    "process-group": ("ExpRL-Process, group", f"{PROCESS} group"),
+    "process-none": ("ExpRL-Process, delta, no reference", f"{PROCESS} delta --reference none"),
+    "process-wrong": (
+        "ExpRL-Process, delta, wrong reference",
+        f"{PROCESS} delta --reference wrong",
+    ),
+}
+KS, MEASURES, AT_A_TIME = (1, 2, 4, 8), ("pass@1", "pass@8", "steps"), 2
+
+# --------------------------------------------------------------------------------------------------
+# What there is to do, and doing it
+
+
+@dataclass(eq=False)
+class Job:
+    """A command, the jobs whose results it needs, and what says that it is finished."""
+
+    name: str  # seed-1/outcome
+    command: list[str]  # arguments of Python
+    result: Path
+    needs: list[str]
+    expected: float  # seconds, roughly: for the time left
+    log: Path
+    marker: Path
+
+    def is_done(self) -> bool:
+        """Whether result and marker are there; stops if they are another command's."""
+        if not (self.marker.exists() and self.result.exists()):
+            return False
+        before = exprl.read_log(self.marker)[0]["command"]
+        if before != self.command:
+            pairs = enumerate(zip(before, self.command, strict=False))
+            i = next((i for i, (a, b) in pairs if a != b), -1)
+            was, now = (" ".join(command[i - 1 : i + 1]) for command in (before, self.command))
+            exprl.stop(f"{self.name} was made with {was}, not {now}: take that, or another RUNS")
+        return True
+
+
+def model_path(world: Path, name: str) -> Path:
+    """The model folder of a run, or of the base."""
+    return world / name if name == "base" else world / name / "final"
+
+
+def eval_path(world: Path, name: str) -> Path:
+    """Where `exprl.py eval` writes the records of a model."""
+    return world / "eval" / f"{str(model_path(world, name)).strip('./').replace('/', '-')}.jsonl"
+
+
+def plan(args: argparse.Namespace, seed: int) -> list[Job]:
+    """The jobs of a seed, in the order in which they start where nothing else holds them up."""
+    compare, jobs = args.runs / "compare", []
+    world = compare / f"seed-{seed}"
+
+    def add(name: str, command: list, result: Path, needs: list[str], expected: float) -> None:
+        log, marker = f"logs/seed-{seed}-{name}.log", f"jobs/seed-{seed}-{name}.json"
+        name, needs = f"seed-{seed}/{name}", [f"seed-{seed}/{need}" for need in needs]
+        command = list(map(str, command))
+        jobs.append(Job(name, command, result, needs, expected, compare / log, compare / marker))
+
+    def train(name: str, flags: str, start: str, steps: int) -> None:
+        command = ["exprl.py", "train", "--model", model_path(world, start), "--out", world / name]
+        command += ["--data", world / "train.jsonl", "--steps", steps, "--seed", seed, "--resume"]
+        command += [*args.train, *args.sampling, *flags.split()]
+        add(name, command, model_path(world, name), [start], 8 + 0.4 * steps)
+
+    def evaluate(stage: str, names: list[str]) -> None:
+        command = ["exprl.py", "eval", "--model", *(model_path(world, name) for name in names)]
+        command += ["--data", world / "heldout.jsonl", "--out", world / "eval", *args.sampling]
+        command += ["--problems", args.problems, "--samples", max(KS)]
+        add(f"eval-{stage}", command, eval_path(world, names[-1]), names, 8 + 8 * len(names))
+
+    command = ["tests/toy_world.py", "build", world, "--seed", seed, "--steps", args.base_steps]
+    add("base", command, world / "base", [], 8 + 0.06 * args.base_steps)
+    train("sparse-only", "--method sparse", "base", args.stage1 + args.stage2)
+    for name in args.systems:
+        train(name, SYSTEMS[name][1], "base", args.stage1)
+    for name in args.systems:
+        train(f"{name}-then-sparse", "--method sparse", name, args.stage2)
+    evaluate("stage-1", ["base", *args.systems])
+    evaluate("stage-2", [*(f"{name}-then-sparse" for name in args.systems), "sparse-only"])
+    return jobs
+
+
+def run_all(jobs: list[Job], lock: int, starts: Path) -> None:
+    """Run what is not finished, two at a time. A job that fails ends all with one line."""
+    finished = {job.name for job in jobs if job.is_done()}
+    new, running, begun = [], {}, time.monotonic()
+    judge = toy_world.ChatServer(lambda request: toy_world.reply_to(request["messages"]))
+    environment = os.environ | {"OPENAI_BASE_URL": judge.url}  # so the port is in no command
+    # where there is setpriv (Linux), no job outlives this process, however that ends
+    tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+
+    def say(text: str) -> None:
+        """A line with the time, how much is done, and how long the rest may take."""
+        now = time.monotonic()
+        pace = sum(seconds for seconds, _ in new) / sum(e for _, e in new) if new else 1.0
+        left = pace * sum(job.expected for job in jobs if job.name not in finished)
+        left = max(0.0, left - sum(now - started for _, started in running.values()))
+        clock = f"{int(now - begun) // 60:3}:{int(now - begun) % 60:02}"
+        done = f"{len(finished)} of {len(jobs)} done, about {left / AT_A_TIME / 60:.0f} min left"
+        print(f"{clock}  {done}: {text}", flush=True)
+
+    def start(job: Job) -> None:
+        with job.log.open("a") as log:
+            process = subprocess.Popen(
+                [*tied, sys.executable, *job.command], env=environment, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True, pass_fds=[lock],
+            )  # fmt: skip
+        running[job] = (process, time.monotonic())
+        say(f"{job.name} starts")
+
+    def end(job: Job) -> None:
+        process, started = running.pop(job)
+        if process.returncode or not job.result.exists():
+            last = job.log.read_text(errors="replace").replace("\r", "\n").strip().split("\n")[-1]
+            exprl.stop(f"{job.name} failed; its log {job.log} ends: {last}")
+        seconds = time.monotonic() - started
+        record = {"command": job.command, "seconds": seconds, "code": code_version()}
+        exprl.write_log(job.marker, [record], "w")  # whole or not at all
+        finished.add(job.name)
+        new.append((seconds, job.expected))
+        say(f"{job.name} took {seconds:.0f} s")
+
+    try:
+        while len(finished) < len(jobs):
+            for job in jobs:
+                is_free = job not in running and job.name not in finished
+                if is_free and len(running) < AT_A_TIME and finished.issuperset(job.needs):
+                    start(job)
+            time.sleep(0.1)
+            judge.requests.clear()
+            for job in [job for job, (process, _) in running.items() if process.poll() is not None]:
+                end(job)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+        judge.shutdown()
+        if new:
+            exprl.write_log(starts, [{"seconds": time.monotonic() - begun}])
+
+
+def code_version() -> str:
+    """A hash of the files that make the results."""
+    files = [ROOT / "exprl.py", ROOT / "judge_prompts.py", ROOT / "tests" / "toy_world.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+# --------------------------------------------------------------------------------------------------
+# What came out
+
+
+def read_eval(path: Path) -> dict[str, list[float]]:
+    """{"pass@1": one number a problem, ..., "steps": its share of completions with all right}."""
+    records = exprl.read_log(path)
+    rates = {f"pass@{k}": [exprl.pass_at_k(r["n"], r["correct"], k) for r in records] for k in KS}
+    right = [toy_world.write_trace(r["question"], toy_world.apply) for r in records]
+    pairs = zip(records, right, strict=True)
+    return rates | {"steps": [r["texts"].count(text) / r["n"] for r, text in pairs]}
+
+
+def read_costs(run: Path) -> tuple[int, int]:
+    """(completions, optimizer steps), counted in a run's logs."""
+    updates = exprl.read_log(run / "settings.json")[0]["updates_per_batch"]
+    steps = ["reward" in record for record in exprl.read_log(run / "metrics.jsonl")]
+    return len(exprl.read_log(run / "rollouts.jsonl")), updates * sum(steps)
+
+
+def collect(args: argparse.Namespace) -> dict[str, dict]:
+    """{row: {"style", 1 and 2 (the stages): {measure: (seeds, problems)}, "costs": two texts}}."""
+    worlds, rows = [args.runs / "compare" / f"seed-{seed}" for seed in args.seeds], {}
+    systems = {"base model": ("k--", {1: "base"})}
+    systems["sparse reward, the summed steps"] = ("C0--", {2: "sparse-only"})
+    for name in args.systems:
+        style = f"C{list(SYSTEMS).index(name)}-"
+        systems[SYSTEMS[name][0]] = (style, {1: name, 2: f"{name}-then-sparse"})
+    for label, (style, runs) in systems.items():
+        rows[label], costs = {"style": style}, []
+        for stage, run in runs.items():
+            seeds = [read_eval(eval_path(world, run)) for world in worlds]
+            rows[label][stage] = {key: np.array([s[key] for s in seeds]) for key in seeds[0]}
+            counts = [(0, 0) if run == "base" else read_costs(world / run) for world in worlds]
+            counts = zip(*counts, strict=True)
+            costs.append([" or ".join(f"{n:,}" for n in sorted({*each})) for each in counts])
+        rows[label]["costs"] = map(" + ".join, zip(*costs, strict=True))
+    return rows
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """(seeds, problems) -> mean and 95% interval, bootstrapped over seeds and their problems; %."""
+    rng, (n_seeds, n_problems) = np.random.default_rng(0), values.shape
+    seeds = rng.integers(n_seeds, size=(2000, n_seeds, 1))  # with replacement; then in each of them
+    problems = rng.integers(n_problems, size=(2000, n_seeds, n_problems))
+    means = values[seeds, problems].mean(axis=(1, 2))
+    return [100 * float(x) for x in (values.mean(), *np.percentile(means, [2.5, 97.5]))]
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table; the first row is its head."""
+    rows = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+TEXT = """# The comparison on the toy world
+
+Made by `bash train_small.sh compare`: seeds {seeds}, each with its own problems and base model (the
+demonstration has seed 0). Stage 1: {stage1} steps with the method of the row. Stage 2: {stage2}
+steps of sparse-reward GRPO from there. {problems} held-out problems a seed, {n} completions of
+each. In percent, with 95% intervals.
+
+{table}
+
+pass@1 after stage 1 → after stage 2, by seed:
+
+{by_seed}
+
+![pass@1 by system, and pass@k after stage 2](comparison.png)
+
+What the columns mean:
+
+- pass@k: the chance that one of k completions has the right answer (unbiased estimate).
+- steps: the share of completions of which every line is right, not only the answer, which a guess
+  hits once in {modulus} times.
+- Intervals: bootstrap over seeds and over each seed's problems. From few seeds it is a rough guide:
+  see the second table.
+- Completions: what was trained on in stage 1 + stage 2, counted in the runs' logs; in stage 1 of
+  SFT these are references. Optimizer steps likewise.
+
+What follows from how the world was built, before any run:
+
+- The judge is a program. With the right reference its verdict on a step is exact. Without one it
+  can check form only (label, operation, start value, the box), so that wrong values cost nothing.
+  With another problem's reference it compares with values that are not this problem's, so that a
+  right step is paid by coincidence only.
+- References take two operations a line, the base model's completions one.
+- The base model was pretrained to copy most values of a reference that stands in its prompt,
+  whatever it wrote before: so it can be a teacher for self-distillation.
+
+{machine}
+"""
+
+
+def report(args: argparse.Namespace, jobs: list[Job]) -> None:
+    """Write comparison.md and comparison.png."""
+    found, cells = collect(args), [(stage, name) for stage in (1, 2) for name in MEASURES]
+    rows = [["system", *(f"{name}, stage {stage}" for stage, name in cells)]]
+    rows[0] += ["completions", "optimizer steps"]
+    by_seed = [["system", *(f"seed {seed}" for seed in args.seeds)]]
+    for label, row in found.items():
+        triples = [interval(row[stage][name]) if stage in row else [] for stage, name in cells]
+        texts = ["{:.1f} [{:.1f}, {:.1f}]".format(*triple) if triple else "–" for triple in triples]
+        rows.append([label, *texts, *row["costs"]])
+        means = [100 * row[s]["pass@1"].mean(axis=1) if s in row else [] for s in (1, 2)]
+        texts = [[f"{mean:.1f}" for mean in stage] or ["–"] * len(args.seeds) for stage in means]
+        by_seed.append([label, *map(" → ".join, zip(*texts, strict=True))])
+    records = [exprl.read_log(job.marker)[0] for job in jobs]
+    starts = exprl.read_log(args.runs / "compare" / "starts.jsonl")
+    took, wall = (sum(r["seconds"] for r in part) / 60 for part in (records, starts))
+    machine = f"""{len(jobs)} jobs, {AT_A_TIME} at a time with one thread each, on {os.cpu_count()}
+CPU cores: {wall:.1f} minutes in {len(starts)} start(s) of the command, the jobs' times added up
+{took:.0f} minutes (without what a stopped job took before it was started again)."""
+    if len({record["code"] for record in records}) > 1:
+        machine += "\n\n**The code changed between jobs.**"
+    text = TEXT.format(
+        seeds=", ".join(map(str, args.seeds)), stage1=args.stage1, stage2=args.stage2, n=max(KS),
+        problems=found["base model"][1]["steps"].shape[1], table=markdown(rows),
+        by_seed=markdown(by_seed), modulus=toy_world.MODULUS, machine=machine,
+    )  # fmt: skip
+    (args.runs / "comparison.md").write_text(text, encoding="utf-8")
+    draw(found, args.runs / "comparison.png")
+    print(f"\n{markdown(rows)}\n\n{markdown(by_seed)}\n\n{machine}")
+    print(f"table: {args.runs / 'comparison.md'}, figure: {args.runs / 'comparison.png'}")
+
+
+def draw(found: dict[str, dict], path: Path) -> None:
+    """pass@1 of each row after both stages, and pass@k after stage 2."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    for y, (label, row) in enumerate(found.items()):
+        color = row["style"].rstrip("-")
+        for stage, height, face in ((1, y - 0.17, "white"), (2, y + 0.17, color)):
+            if stage in row:
+                mean, low, high = interval(row[stage]["pass@1"])
+                left.plot([low, high], [height] * 2, color=color)
+                seeds = 100 * row[stage]["pass@1"].mean(axis=1)
+                left.plot(seeds, [height] * len(seeds), "|", color=color, markersize=9)
+                left.plot(mean, height, "o", color=color, markerfacecolor=face, markersize=7)
+        means = [100 * row.get(2, row.get(1))[f"pass@{k}"].mean() for k in KS]
+        right.plot(KS, means, row["style"], marker="o", markersize=4, label=label)
+    left.set_yticks(range(len(found)), list(found))
+    left.invert_yaxis()
+    left.set_title(
+        "after stage 1 (hollow) and stage 2 (filled)\nlines: 95% intervals, ticks: seeds"
+    )
+    left.set_xlabel("pass@1 on held-out problems, %")
+    right.set_xscale("log", base=2)
+    right.set_xticks(KS, list(map(str, KS)))
+    right.set_title("after stage 2 (base model: as it is)")
+    right.set(xlabel="k", ylabel="pass@k on held-out problems, %", ylim=(0, None))
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split())), required=True)
+    for flag in ("--stage1", "--stage2", "--base-steps", "--problems"):
+        parser.add_argument(flag, type=int, required=True)
+    for flag in ("--systems", "--train", "--sampling"):
+        parser.add_argument(flag, type=str.split, required=True)
+    args = parser.parse_args()
+    if unknown := {*args.systems} - {*SYSTEMS}:
+        exprl.stop(f"no system is called {' or '.join(unknown)}: there are {', '.join(SYSTEMS)}")
+    args.systems = [name for name in SYSTEMS if name in (args.systems or SYSTEMS)]
+    compare = args.runs / "compare"
+    for folder in ("logs", "jobs"):
+        (compare / folder).mkdir(parents=True, exist_ok=True)
+    (compare / "starts.jsonl").touch()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        with (compare / "lock").open("w") as lock:  # the jobs hold it too: no run has two writers
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print("waiting for another comparison in this folder, or what is left of it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            jobs = [job for seed in args.seeds for job in plan(args, seed)]
+            run_all(jobs, lock.fileno(), compare / "starts.jsonl")
+            report(args, jobs)
+    except KeyboardInterrupt:
+        exprl.stop("the comparison was stopped; the same command goes on where it was")
+
+
+if __name__ == "__main__":
+    main()

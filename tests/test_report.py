@@ -1,0 +1,247 @@
+r"""report: one page about runs, read by a parser and seen in headless Chromium."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import read, train_command
+from matplotlib import image, pyplot
+
+import exprl
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+HOSTILE = (
+    "</pre></b></article></details><script>document.title = 'owned'</script>"
+    '<img src="x" onerror="document.title = 1"> {{ 7 * 7 }} {% raw %} {# #} <!-- & &lt; "two" '
+    "'one' " + "w" * 300
+)
+FIELDS = ("question", "step", "judge", "rubric", "reference")
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text outside of the charts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.pieces, self.inside = [], [], []
+        self.feed(text)
+        self.text = "".join(self.pieces)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.inside = [*self.inside, tag] if tag in ("svg", "style") else self.inside
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside[:-1] if tag in self.inside else self.inside
+
+    def handle_data(self, data):
+        if "svg" not in self.inside and "style" not in self.inside:
+            self.pieces.append(data)
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def report(out, *paths):
+    try:
+        exprl.main(["report", *map(str, paths), "--out", str(out)])
+    finally:
+        pyplot.close("all")
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, judge, tmp_path_factory):
+    """A real run with hostile texts in its name and in one problem, an SFT run, an eval file."""
+    folder = tmp_path_factory.mktemp("report")
+    run, sft = folder / "<img src=x onerror=alert(1)> \"a\" & 'b' {{ 7 * 7 }}", folder / "sft"
+    held_out = ["--eval-every", "2", "--eval-data", str(tiny / "heldout.jsonl")]
+    exprl.main(train_command(tiny, judge, run, *held_out, "--eval-problems", "8"))
+    exprl.main(train_command(tiny, judge, sft, "--method", "sft"))
+    shutil.copy(run / "eval-000000.jsonl", folder / "base.jsonl")
+
+    rollouts = read(run / "rollouts.jsonl")
+    texts = {field: f"{field}: {HOSTILE}" for field in FIELDS}
+    evil = rollouts[0] | {
+        "question": texts["question"], "step_texts": [texts["step"], "up", "down"],
+        "judge": [texts["judge"]], "rubric": texts["rubric"], "reference": texts["reference"],
+    }  # fmt: skip
+    first = {"step": 1, "rewards": [0.0] * 3, "scores": [1] * 3, "advantages": [0.0] * 3}
+    last = {"step": 2, "rewards": [1.0] * 3, "scores": [5, 3, 1], "advantages": [0.0, 0.75, -0.5]}
+    failed = {"step": 2, "rewards": None, "scores": None, "advantages": []}
+    evil = [evil | one | {"correct": False} for one in (first, last, failed)]
+    write(run / "rollouts.jsonl", [evil[0], *rollouts, *evil[1:]])
+    return run, sft, folder / "base.jsonl"
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    return report(tmp_path_factory.mktemp("page") / "report.html", *runs)
+
+
+def browse(path, width, tmp_path, *flags):
+    """What headless Chromium writes to stdout when it opens a page from disk."""
+    if not CHROMIUM:
+        assert os.environ.get("CI_CHROMIUM") != "1", "there is no Chromium"
+        pytest.skip("there is no Chromium")
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    quiet += ["--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]
+    where = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000"]
+    command = [CHROMIUM, *quiet, *where, *flags, path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+# --------------------------------------------------------------------------------------------------
+# The page
+
+
+def check_harmless(text):
+    """Nothing runs, nothing is fetched, and hostile texts are texts."""
+    parsed = Page(text)
+    for tag, attributes in parsed.elements:
+        assert tag not in ("script", "img", "image", "link", "iframe", "object", "embed", "base")
+        for name, value in attributes.items():
+            assert not name.startswith("on") and name != "http-equiv", tag
+            if name.rpartition(":")[2] in ("src", "srcset", "href", "data", "action"):
+                assert value.startswith("#"), (tag, value)
+    assert not re.search(
+        r"url\((?!#)|@import", "".join(re.findall("<[^<>]*>|<style.*?</style>", text, re.DOTALL))
+    )
+    for field in FIELDS:
+        assert f"{field}: {HOSTILE}" in parsed.text, field
+    assert "<img src=x onerror=alert(1)> \"a\" & 'b' {{ 7 * 7 }}" in parsed.text
+
+
+def test_hostile_texts_and_no_resource_from_elsewhere(page, tmp_path):
+    """As a parser reads the page, and as Chromium does, after it would have run scripts."""
+    check_harmless(page.read_text(encoding="utf-8"))
+    dom = browse(page, 1200, tmp_path, "--dump-dom")
+    check_harmless(dom)
+    assert "<title>ExpRL report</title>" in dom
+
+
+def test_what_is_on_the_page(runs, page):
+    text = page.read_text(encoding="utf-8")
+    parsed = Page(text)
+    for run in runs:
+        assert str(run) in parsed.text
+    assert [tag for tag, _ in parsed.elements].count("svg") == 7  # six curves, and pass@k
+    assert '"process_norm": "delta"' in parsed.text and '"method": "sft"' in parsed.text
+    assert "score 5, advantage" in parsed.text and "- reaches " in parsed.text
+
+
+def test_steps_are_coloured_by_their_advantages(page):
+    """Blue above 0, orange below, the stronger the larger; this is in the page's first words."""
+    text, found = page.read_text(encoding="utf-8"), {}
+    for style, words in re.findall(r'<pre style="(.*?)"><b>(.*?)</b>', text, re.DOTALL):
+        advantage = float(re.search(r"advantage ([+-]\d+\.\d+)", words)[1])
+        red, _, blue, strength = map(
+            float, re.search(r"rgb\((\d+) (\d+) (\d+) /\s*(.*?)\)", style).groups()
+        )
+        found[advantage] = strength
+        if abs(advantage) > 0.01:
+            assert (blue > red) == (advantage > 0) and 0 < strength < 0.6
+    assert found[0.0] == 0 and found[0.75] > found[-0.5] > 0
+
+
+def test_the_order_of_the_examples():
+    """Pairs (before, after) by improvement, then by how far judge and exact match are apart."""
+
+    def rollout(question, step, rewards, correct=False):
+        return {"question": question, "step": step, "rewards": rewards, "correct": correct}
+
+    a1, a2 = rollout("a", 1, [0.0, 0.5]), rollout("a", 2, [0.25, 0.5])  # better by .125
+    b1, b2 = rollout("b", 1, [0.25]), rollout("b", 5, [1.0], True)  # better by .75, agreement
+    c1, c2 = rollout("c", 1, [1.0]), rollout("c", 3, [0.75, 0.25])  # worse; the judge was fooled
+    d1, d2 = rollout("d", 2, [0.0]), rollout("d", 4, [0.5])  # better by .5
+    failed = [rollout("e", step, None) for step in range(6)]
+    unknown = [rollout("f", step, [float("nan")], None) for step in (1, 2)]  # of SFT
+    rollouts = [a1, failed[0], b1, c1, d1, *unknown, a2, c2, *failed[1:], d2, b2]
+    improved, disagree, no_verdict = exprl.examples(rollouts).values()
+    assert improved == [b1, b2, d1, d2]
+    assert disagree[0] == c1 and b2 not in disagree and d1 not in disagree
+    apart = [abs(float(np.mean(r["rewards"])) - r["correct"]) for r in disagree]
+    assert apart == [1.0, 0.5, 0.5, 0.375]
+    assert no_verdict == failed[:4]
+    assert list(exprl.examples([]).values()) == [[], [], []]
+
+
+@pytest.mark.parametrize("method", ["sft", "distill", "sparse"])
+def test_runs_that_lack_metrics_or_judgements(tmp_path, method):
+    """NaN is what SFT has for reward and accuracy; a metric that is not there is left out."""
+    metrics = {"reward": float("nan"), "accuracy": float("nan"), "length": 9.0, "cut": 0.0}
+    metrics = {"reward": 0.5, "length": 9.0} if method == "distill" else metrics
+    c = {"question": "q", "reference": "r", "rubric": "", "judge": [], "step_texts": ["a", "b"],
+         "scores": None, "correct": None, "cut": True, "advantages": [1.0, 1.0]}  # fmt: skip
+    c["rewards"] = [float("nan")] if method == "sft" else [0.0]
+    c["correct"] = None if method == "sft" else True  # as if its judge disagreed
+    write(tmp_path / "metrics.jsonl", [{"step": step, **metrics} for step in (1, 2)])
+    write(tmp_path / "rollouts.jsonl", [{"step": step, **c} for step in (1, 2)])
+    write(tmp_path / "settings.json", [{"method": method}])
+    text = report(tmp_path / "report.html", tmp_path).read_text(encoding="utf-8")
+    assert "completion length" in text or "<svg" in text
+    assert ("advantage +1.00" in text) == (method != "sft")
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty folder", "run without a step", "text", "log"])
+def test_what_is_no_run_is_said_in_one_line(tmp_path, kind):
+    path, out = tmp_path / "it", tmp_path / "report.html"
+    if kind in ("empty folder", "run without a step"):
+        path.mkdir()
+    if kind == "run without a step":
+        (path / "metrics.jsonl").touch()
+        write(path / "settings.json", [{"method": "sft"}])
+    elif kind == "text":
+        path.write_text("# A heading\n\nand words\n")
+    elif kind == "log":
+        write(path, [{"key": "a", "reply": "Score: 5"}])
+    with pytest.raises(SystemExit, match="it") as stopped:
+        report(out, path)
+    assert str(stopped.value).startswith("exprl: ") and "\n" not in str(stopped.value)
+    assert not out.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# As it is seen
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_it_is_readable_in_chromium(page, tmp_path, width, dark):
+    """The background follows the system, and the chart's lines and words are there on both."""
+    file = tmp_path / "page.png"
+    flags = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    browse(page, width, tmp_path, f"--screenshot={file}", *flags)
+    pixels = image.imread(file)[:, :, :3]
+    assert pixels.shape[1] == width
+    corner = pixels[:5, :5].mean()
+    assert corner < 0.2 if dark else corner > 0.9
+
+    def count(color):
+        return int((np.abs(pixels - np.array(color) / 255).max(axis=2) < 0.08).sum())
+
+    assert count((0x1F, 0x77, 0xB4)) > 1000  # C0: the line of the first run; its square has 150
+    assert count((0x80, 0x80, 0x80)) > 1000  # axes and their words
+    assert count((0xFF, 0xFF, 0xFF) if dark else (0, 0, 0)) > 1000  # the text
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_nothing_is_wider_than_the_window(page, tmp_path, width):
+    """On a telephone too, although a word of a completion is 300 letters long."""
+    inside = html.escape(page.read_text(encoding="utf-8"))  # no window is as narrow as a frame
+    probe = "document.body.dataset.w = this.contentDocument.documentElement.scrollWidth"
+    frame = f'<iframe width="{width}" frameborder="0" onload="{probe}" srcdoc="{inside}"></iframe>'
+    (tmp_path / "outer.html").write_text(frame, encoding="utf-8")
+    dom = browse(tmp_path / "outer.html", 1200, tmp_path, "--dump-dom")
+    assert re.search(r'data-w="(.*?)"', dom)[1] == str(width)
