@@ -291,7 +291,7 @@ PAGE = r"""<!doctype html>
 {% for text in r.step_texts %}
 {% set a = r.advantages[loop.index0] or 0 %}{% set s = (r.scores or [])[loop.index0] %}
 <pre style="background: rgb({{ "0 114 178" if a > 0 else "213 94 0" }} /
-{{ [a | abs / 3, 0.5] | min }})"><b>{% if s %}score {{ s }}, {% endif -%}
+{{ [a | abs / 3 + 0.1, 0.5] | min if a else 0 }})"><b>{% if s %}score {{ s }}, {% endif -%}
 advantage {{ "%+.2f" | format(a) }}</b>{{ text }}</pre>
 {% endfor %}</div>
 <div>{% for name, text in (("reference, as the judge saw it", r.reference),

@@ -107,7 +107,7 @@ def test_the_table_and_a_changed_setting(resumed):
     """What 20 steps make of a base solves nothing. So the answers are replaced by such as are
     right now and then, and the seed is copied as another one; all jobs are done by then."""
     runs, folder = resumed[0], resumed[0] / "compare"
-    shutil.copytree(folder / "seed-1", compare / "seed-2")
+    shutil.copytree(folder / "seed-1", folder / "seed-2")
     for file in (folder / "seed-2" / "eval").iterdir():
         file.rename(file.with_name(file.name.replace("seed-1", "seed-2")))
     for marker in (folder / "jobs").glob("seed-1-*"):

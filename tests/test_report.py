@@ -63,7 +63,7 @@ def report(out, *paths):
 def runs(tiny, judge, tmp_path_factory):
     """A real run with hostile texts in its name and in one problem, an SFT run, an eval file."""
     folder = tmp_path_factory.mktemp("report")
-    run, sft = folder / "<img src=x onerror=alert(1)> \"a\" & 'b' {{ 7 * 7 }}", folder / "sft"
+    run, sft = folder / "<img src=x onerror=f(1)> \"a\" & 'b' {{ 7 * 7 }}", folder / "sft"
     held_out = ["--eval-every", "2", "--eval-data", str(tiny / "heldout.jsonl")]
     exprl.main(train_command(tiny, judge, run, *held_out, "--eval-problems", "8"))
     exprl.main(train_command(tiny, judge, sft, "--method", "sft"))
@@ -97,7 +97,7 @@ def browse(path, width, tmp_path, *flags):
     quiet += ["--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]
     where = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000"]
     command = [CHROMIUM, *quiet, *where, *flags, path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -120,7 +120,7 @@ def check_harmless(text):
     )
     for field in FIELDS:
         assert f"{field}: {HOSTILE}" in parsed.text, field
-    assert "<img src=x onerror=alert(1)> \"a\" & 'b' {{ 7 * 7 }}" in parsed.text
+    assert "<img src=x onerror=f(1)> \"a\" & 'b' {{ 7 * 7 }}" in parsed.text
 
 
 def test_hostile_texts_and_no_resource_from_elsewhere(page, tmp_path):
