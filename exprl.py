@@ -835,7 +835,7 @@ def calibrate(args: argparse.Namespace) -> None:
     (misplaced, auroc), right = judge_quality(scores[..., 0], correct[..., 0]), table["right"]
     flaws = {f"misplacement {misplaced:.2f} (chance: .50)": not misplaced < 0.3,
              "AUROC undefined, one score for all": math.isnan(auroc),
-             f"over 10% failed {judge.last_error}": right.isna().mean() > 0.1,
+             f"over 10% failed: {judge.last_error}": right.isna().mean() > 0.1,
              "it can be talked into a score": right[table.text == judge_prompts.ATTACK].mean() > 2}
     found = "; ".join(flaw for flaw in flaws if flaws[flaw])
     print(f"verdict: do not train with it: {found}" if found else "verdict: train with it")
@@ -860,7 +860,7 @@ def draw_charts(paths: list[Path], axes: list) -> None:
         for record in [record for record in log if "eval" in record]:
             axes[1].plot(record["step"], record["eval"]["pass@1"][0], f"{color}o")
         for file in evals[:: max(1, len(evals) - 1)]:
-            counts = [r for r in read_log(file) if isinstance(r, dict) and {"n", "correct"} <= set(r)]
+            counts = [r for r in read_log(file) if type(r) is dict and {"n", "correct"} <= set(r)]
             rates = pass_rates(counts or stop(f"{file} holds no evaluation"))
             (mean, low, high), k = np.array(list(rates.values())).T, [int(key[5:]) for key in rates]
             axes[6].semilogx(k, mean, f"{color}o{'-' if file == evals[-1] else ':'}", base=2)
