@@ -884,7 +884,7 @@ def report(args: argparse.Namespace) -> None:
     if args.command == "plot":
         figure, axes = pyplot.subplot_mosaic("ABCD;EFG.", figsize=(17, 7), layout="constrained")
         draw_charts(paths, list(axes.values()))
-        figure.legend(loc="outside lower right")
+        figure.legend(loc="lower right")
         return figure.savefig(args.out, dpi=120)
     parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with pyplot.rc_context(dict.fromkeys(parts, "#808080")):  # to be read on black and on white
