@@ -559,7 +559,7 @@ def batch_loss(model, initial, batch: dict, n_tokens: int, args) -> tuple[Tensor
                                         batch["teacher_attention_mask"], n_completion)
         loss = mean(reverse_kl(completion_logits(model, *inputs), teacher, args.temperature))
         return loss, {"kl": loss}
-    logp = token_logprobs(model, *inputs, args.temperature)
+    logp = token_logprobs(model, *inputs, 1.0 if args.method == "sft" else args.temperature)
     if "old" not in batch or args.method == "sft":  # no weight has moved since these were sampled
         batch["old"] = batch["ref"] = logp.detach()
         if initial:
