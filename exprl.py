@@ -188,7 +188,6 @@ def tokenize_rows(rows: list[dict], tokenizer, limit: int) -> list[dict]:
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} problems with prompts of over {limit} tokens")
     return kept or stop(f"every prompt has over {limit} tokens: raise --max-prompt-tokens")
-
 @torch.no_grad()
 def set_sampling(model, tokenizer, prompt_ids: list[int], temperature: float, cap: int) -> None:
     """Make `generate` sample from softmax(logits / temperature), and end at every eos there is.
@@ -255,7 +254,6 @@ def read_completion(row: dict, ids: list[int], tokenizer, eos_ids: list[int]) ->
     correct = is_correct(text, row["answer"]) if row["answer"] else None
     parts = [decode(ids[start:end]) for start, end in steps]
     return Completion(row, ids, text, correct, ids[-1] not in eos_ids, steps, parts)
-
 @torch.no_grad()
 def sample_groups(model, tokenizer, rows: list, n: int, batch: int) -> Iterator[list[Completion]]:
     """n completions of each row, a group a row, `batch` completions at a time."""
@@ -293,7 +291,7 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     for cut in cuts or [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]:
         if re.search(r"\w", text[kept[-1] : cut]) and re.search(r"\w", text[cut:]):
             kept.append(cut)
-    starts = sorted({0} | {int(sum(ends <= cut)) for cut in kept[1:MAX_STEPS]})  # tokens with a cut
+    starts = sorted({0, *np.searchsorted(ends, kept[1:MAX_STEPS], "right").tolist()})
     return list(zip(starts, [*starts[1:], len(pieces)], strict=True)) if pieces else []
 
 # ---- Judge: question, hidden reference and completion -> scores 1..5 -----------------------------
@@ -347,11 +345,10 @@ class Judge:
               f"{tokens / 1e6:.1f}M tokens; verdicts are kept in {self.cache_path}")
     def submit(self, group: list[Completion], kind: str) -> list[Future]:
         """Hand the completions of one problem to the threads -> their (scores, words, rubric)."""
-        messages, rubric = judge_messages("rubric", group[0].row), None
-        if self.args.rubric == "checkpoints":
-            rubric = self.pool.submit(self.ask, messages, parse_rubric)
+        rubric = self.args.rubric == "checkpoints" and self.pool.submit(
+            self.ask, judge_messages("rubric", group[0].row), parse_rubric)
         return [self.pool.submit(self.judge, c, kind, rubric) for c in group]
-    def judge(self, c: Completion, kind: str, rubric: Future | None) -> tuple:
+    def judge(self, c: Completion, kind: str, rubric: Future | bool) -> tuple:
         """(scores or None, the judge's words, checkpoints) of one completion, in a thread. Calls:
         one in all (outcome, together), or a step, with those before it (prefix) or not (alone)."""
         texts = [c.text] if kind == "outcome" else c.step_texts
@@ -399,7 +396,7 @@ class Judge:
         limit, left = self.args.max_judge_calls, self.options
         with self.lock:
             if limit and self.paid["judge_calls"] >= limit:
-                stop(f"--max-judge-calls {limit} reached: raise it and --resume to go on")
+                stop(f"--max-judge-calls {limit} reached: raise it (to train: and --resume)")
             self.paid["judge_calls"] += 1
         for options in left:
             try:
@@ -560,7 +557,7 @@ def batch_loss(model, initial, batch: dict, n_tokens: int, args) -> tuple[Tensor
         loss = mean(reverse_kl(completion_logits(model, *inputs), teacher, args.temperature))
         return loss, {"kl": loss}
     logp = token_logprobs(model, *inputs, 1.0 if args.method == "sft" else args.temperature)
-    if "old" not in batch or args.method == "sft":  # no weight has moved since these were sampled
+    if "old" not in batch or args.method == "sft":  # rho = 1: at the first update; sft: always
         batch["old"] = batch["ref"] = logp.detach()
         if initial:
             batch["ref"] = token_logprobs(initial, *inputs, args.temperature)
@@ -667,8 +664,9 @@ def train(args: argparse.Namespace) -> None:
     saved = whole = done  # last step on disk; last that is complete in memory, None in mid-update
     bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc=args.method)
     try:
-        if eval_rows and not done:
-            hold_out(0)
+        held = {record["step"] for record in read_log(out / "metrics.jsonl") if "eval" in record}
+        if eval_rows and done not in held and (done % args.eval_every == 0 or done == args.steps):
+            hold_out(done)  # the base model, or what an interruption cost
         for step in bar:
             torch.manual_seed(args.seed * 1_000_003 + step)  # resumed, it draws what this one draws
             rng = np.random.default_rng([args.seed, step])
@@ -759,7 +757,7 @@ def evaluate_models(args: argparse.Namespace) -> None:
         stop("--save-hard takes one --model: hard for whom?")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     models, table = {name: find_model(name) for name in args.model}, {}
-    chosen = load_rows(args.data, args.split, args.problems)
+    chosen = load_rows(args.data, args.split, args.problems, domain=args.domain)
     for name, (source, tokenizer) in models.items():
         model, rows = load_policy(source, tokenizer, chosen, args)
         path = Path(args.out) / (name.strip("./").replace("/", "-") + ".jsonl")
@@ -790,18 +788,19 @@ def calibrate(args: argparse.Namespace) -> None:
     """Measure a judge on attempts of known worth, before training against it."""
     needed, out = ("question", "reference"), Path(args.out)
     rows = load_rows(args.data, args.split, args.problems, needed, args.domain)
-    show_reference(rows, "wrong", args.seed)  # stops if there is only one
+    others = show_reference(rows, "wrong", args.seed + 1)  # not what is shown as the wrong one
+    rows = [row | {"other": other["reference"]} for row, other in zip(rows, others, strict=True)]
     judge, attempts, sampled = Judge(args, out), [], [[] for _ in rows]
     if args.model:
         source, tokenizer = find_model(args.model)
         model, rows = load_policy(source, tokenizer, rows, args)
         torch.manual_seed(args.seed)
         sampled = sample_groups(model, tokenizer, rows, args.samples, args.sample_batch)
-    others, names = show_reference(rows, "wrong", args.seed), ["right", "none", "wrong"]
-    for row, other, group in zip(rows, others, sampled, strict=True):
+    names = ["right", "none", "wrong"]
+    for row, group in zip(rows, sampled, strict=True):
         own = row["reference"]
         attempts += [("the reference", own, 1), ("its first half", own[: len(own) // 2], None),
-                     ("another problem's", other["reference"], 0), ("nothing", "", None),
+                     ("another problem's", row["other"], 0), ("nothing", "", None),
                      ("talk to the judge", judge_prompts.ATTACK, 0)]
         attempts += [(f"sampled, correct: {c.correct}", c.text, c.correct) for c in group]
     table = DataFrame(attempts, columns=["attempt", "text", "correct"])
@@ -833,10 +832,11 @@ def calibrate(args: argparse.Namespace) -> None:
     print(f"\nmean score by reference shown; 95% intervals over problems\n{summary.to_string()}")
     print(f"asked again, {differ:.1%} differ; {judge.paid}; all replies: {out / 'attempts.jsonl'}")
     (misplaced, auroc), right = judge_quality(scores[..., 0], correct[..., 0]), table["right"]
+    talk = right[table.text == judge_prompts.ATTACK].mean()
     flaws = {f"misplacement {misplaced:.2f} (chance: .50)": not misplaced < 0.3,
-             "AUROC undefined, one score for all": math.isnan(auroc),
+             "AUROC undefined (one score for all, or none)": math.isnan(auroc),
              f"over 10% failed: {judge.last_error}": right.isna().mean() > 0.1,
-             "it can be talked into a score": right[table.text == judge_prompts.ATTACK].mean() > 2}
+             "it can be talked into a score": not talk <= 2}
     found = "; ".join(flaw for flaw in flaws if flaws[flaw])
     print(f"verdict: do not train with it: {found}" if found else "verdict: train with it")
 
@@ -865,18 +865,18 @@ def draw_charts(paths: list[Path], axes: list) -> None:
             (mean, low, high), k = np.array(list(rates.values())).T, [int(key[5:]) for key in rates]
             axes[6].semilogx(k, mean, f"{color}o{'-' if file == evals[-1] else ':'}", base=2)
             axes[6].fill_between(k, low, high, color=color, alpha=0.15)
-    axes[6].set(title="held-out pass@k (dotted: before training)", xlabel="k")
+    axes[6].set(title="held-out pass@k (dotted: the first)", xlabel="k")
 def examples(rollouts: list[dict], n: int = 4) -> dict[str, list[dict]]:
     """Completions that a learner wants to see, n of each sort or fewer."""
-    def mean(r: dict) -> float:
-        return float(np.mean(r["rewards"]))
-    judged = [r for r in rollouts if r["rewards"] and not math.isnan(mean(r))]
+    judged = [r | {"mean": float(np.mean(r["rewards"]))} for r in rollouts if r["rewards"]]
+    judged = [r for r in judged if not math.isnan(r["mean"])]
     first, last = {r["question"]: r for r in judged[::-1]}, {r["question"]: r for r in judged}
-    improved = sorted(first, key=lambda question: mean(first[question]) - mean(last[question]))
-    judged.sort(key=lambda r: 0 if r["correct"] is None else -abs(mean(r) - r["correct"]))
+    pairs = [(first[q], last[q]) for q in first if first[q]["step"] < last[q]["step"]]
+    pairs.sort(key=lambda pair: pair[0]["mean"] - pair[1]["mean"])
+    judged.sort(key=lambda r: 0 if r["correct"] is None else -abs(r["mean"] - r["correct"]))
     return {"Largest improvement: the first and the last completion of a problem":
-            [r for question in improved[: n // 2] for r in (first[question], last[question])],
-            "Judge against answer": [r for r in judged[:n] if r["correct"] not in (None, mean(r))],
+            [r for a, b in pairs[: n // 2] if a["mean"] < b["mean"] for r in (a, b)],
+            "Judge vs. answer": [r for r in judged[:n] if r["correct"] not in (None, r["mean"])],
             "Failed judgements": [r for r in rollouts if not r["rewards"]][:n]}
 def report(args: argparse.Namespace) -> None:
     """A page about runs: settings, learning curves, pass@k, completions to read. plot: curves."""
@@ -921,7 +921,7 @@ FLAGS = [  # commands, flag, default (None: required), smallest value or choices
     ("train", "--judge-input", "together", ("together", "prefix", "alone"), "steps in a call"),
     ("train calibrate", "--rubric", "checkpoints", ("checkpoints", "none"), "of the reference"),
     ("train", "--reference", "right", ("right", "none", "wrong"), "what the judge is shown"),
-    ("train calibrate", "--domain", "math", tuple(judge_prompts.SYSTEM), "of rows that name none"),
+    ("train eval calibrate", "--domain", "math", tuple(judge_prompts.SYSTEM), "of rows without"),
     ("train", "--process-norm", "delta", ("delta", "end", "group"), "baseline of a step's reward"),
     ("train calibrate", "--judge-threads", 16, 1, "judge calls at a time"),
     ("train calibrate", "--max-judge-calls", 0, 0, "stop after so many paid calls; 0: no limit"),

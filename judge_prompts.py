@@ -280,21 +280,24 @@ PAGE = r"""<!doctype html>
 {% for run in runs if run.settings %}
 <h2>{{ run.name }}</h2>
 <details><summary>settings</summary><pre>{{ run.settings | tojson(indent=1) }}</pre></details>
-<p>Steps are coloured by their advantage: blue above 0, orange below.
+<p>Steps are coloured by their advantage: blue above 0, orange below. Curves are means over 9 steps.
 {% for title, rollouts in run.examples.items() %}
 <h3>{{ title }}</h3>
 {% for r in rollouts %}
 <article>
 <p>Step {{ r.step }} of the training, exact match: {{ r.correct }}{{ ", cut off" if r.cut }}
+{% set by_step = (r.scores or []) | length == r.step_texts | length %}
+{% if r.scores and not by_step %}, score of the whole: {{ r.scores[0] }}{% endif %}
 <div class="grid">
 <div><pre><b>question</b>{{ r.question }}</pre>
 {% for text in r.step_texts %}
-{% set a = r.advantages[loop.index0] or 0 %}{% set s = (r.scores or [])[loop.index0] %}
+{% set a = r.advantages[loop.index0] or 0 %}
 <pre style="background: rgb({{ "0 114 178" if a > 0 else "213 94 0" }} /
-{{ [a | abs / 3 + 0.1, 0.5] | min if a else 0 }})"><b>{% if s %}score {{ s }}, {% endif -%}
-advantage {{ "%+.2f" | format(a) }}</b>{{ text }}</pre>
+{{ [a | abs / 3 + 0.1, 0.5] | min if a else 0 }})"><b>{% if by_step -%}
+score {{ r.scores[loop.index0] }}, {% endif -%}
+{{ "advantage %+.2f" | format(a) if r.advantages else "no advantage" }}</b>{{ text }}</pre>
 {% endfor %}</div>
-<div>{% for name, text in (("reference, as the judge saw it", r.reference),
+<div>{% for name, text in (("reference", r.reference),
 ("checkpoints", r.rubric), ("the judge", r.judge | join("\n\n"))) if text %}
 <pre><b>{{ name }}</b>{{ text }}</pre>
 {% endfor %}</div>

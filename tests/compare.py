@@ -258,8 +258,9 @@ pass@1 after stage 1 → after stage 2, by seed:
 What the columns mean:
 
 - pass@k: the chance that one of k completions has the right answer (unbiased estimate).
-- steps: the share of completions of which every line is right, not only the answer, which a guess
-  hits once in {modulus} times.
+- steps: the share of completions that are the right trace, line by line, one operation a line; an
+  answer alone is guessed once in {modulus} times. After SFT it is 0, whatever was learned:
+  references take two operations a line.
 - Intervals: bootstrap over seeds and over each seed's problems. From few seeds it is a rough guide:
   see the second table.
 - Completions: what was trained on in stage 1 + stage 2, counted in the runs' logs; in stage 1 of

@@ -949,3 +949,22 @@ def test_the_key_is_written_nowhere(train, tmp_path, monkeypatch):
     assert (run / "settings.json") in files
     assert not any(b"sk-very-secret" in f.read_bytes() for f in files)
     assert os.environ["OPENAI_API_KEY"] == "sk-very-secret"
+
+
+def test_an_interrupted_evaluation_is_made_good_on_resume(train, tiny, tmp_path, monkeypatch):
+    evaluate, calls = exprl.evaluate, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(exprl, "evaluate", interrupted)
+    few = ["--eval-problems", "4", "--eval-samples", "2", "--eval-every", "2"]
+    flags = ["--method", "sparse", "--eval-data", str(tiny / "heldout.jsonl"), *few]
+    with pytest.raises(SystemExit, match="interrupted"):
+        train(tmp_path / "run", *flags)
+    train(tmp_path / "run", *flags, "--resume")
+    log = read(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in log if "eval" in r] == [0, 2] and len(calls) == 3
