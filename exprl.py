@@ -219,7 +219,6 @@ def load_policy(source: str, tokenizer, rows: list[dict], args) -> tuple:
     model = load_model(source)
     set_sampling(model, tokenizer, rows[0]["prompt_ids"], args.temperature, args.max_new_tokens)
     return model, rows
-
 def completion_mask(tokens: Tensor, eos_ids: set[int]) -> Tensor:
     """(B, T) completion ids -> (B, T) bool: True up to and including the first eos.
     Not `tokens != pad`: pad may be the same token as eos, and no policy would learn to stop.
@@ -413,7 +412,7 @@ class Judge:
             for name in ("prompt_tokens", "completion_tokens"):
                 self.paid[name] += getattr(usage, name, 0) or 0
             self.options = [options] if choices else self.options
-        return str(choices[0].message.content or "") if choices else ""
+        return str((choices and choices[0].message.content) or "").encode(errors="replace").decode()
 
 # ---- Advantages ----------------------------------------------------------------------------------
 def group_advantages(rewards: Tensor, valid: Tensor, group_size: int, divide=True) -> Tensor:
@@ -601,7 +600,7 @@ def open_run(args: argparse.Namespace) -> dict:
     """The checkpoint of the run in --out, or step 0. Stops without --resume or at new settings."""
     out, state = Path(args.out), {"step": 0}
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "settings.json").exists():
+    if (out / "settings.json").exists() or (out / "checkpoint.pt").exists():
         if not args.resume:
             stop(f"{out} holds a run: add --resume to go on with it, or give another --out")
         before = json.loads((out / "settings.json").read_text())
@@ -710,7 +709,8 @@ def train(args: argparse.Namespace) -> None:
     finally:
         bar.close()
         if judge:
-            judge.pool.shutdown(wait=False, cancel_futures=True)  # calls on their way end, are kept
+            args.max_judge_calls = 1  # so no thread makes another call; those on their way are kept
+            judge.pool.shutdown(wait=False, cancel_futures=True)
         if whole is not None and whole > saved:
             save(whole)  # also after an error or Ctrl-C
     model.save_pretrained(out / "final")
@@ -885,7 +885,8 @@ def report(args: argparse.Namespace) -> None:
         figure, axes = pyplot.subplot_mosaic("ABCD;EFG.", figsize=(17, 7), layout="constrained")
         draw_charts(paths, list(axes.values()))
         figure.legend(loc="lower right")
-        return figure.savefig(args.out, dpi=120)
+        figure.savefig(args.out, dpi=120)
+        return print(f"figure: {args.out}")
     parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with pyplot.rc_context(dict.fromkeys(parts, "#808080")):  # to be read on black and on white
         figures = [pyplot.subplots(figsize=(5, 3.2), layout="constrained") for _ in range(7)]
@@ -993,8 +994,7 @@ def main(argv: list[str] | None = None) -> None:
         stop("interrupted; a training run goes on from its last checkpoint with --resume")
     except torch.OutOfMemoryError:
         stop("out of memory: lower --sample-batch; in training, --micro-batch too")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         stop(str(error))
-
 if __name__ == "__main__":
     main()

@@ -670,3 +670,10 @@ def test_a_key_with_strange_characters_is_refused_and_not_shown(key, serve, conn
 def test_an_address_that_is_none_stops_at_once(connect):
     with pytest.raises(SystemExit, match="cannot be reached"):
         connect("http://[::bad/v1")
+
+
+def test_half_of_a_surrogate_pair_in_a_reply_costs_no_verdict(serve, connect):
+    judge = connect(serve(lambda request: "half a pair: \ud800\nScore: 4"))
+    [verdict] = judge.submit([completion("It is 3.")], "outcome")
+    scores, [words], _ = verdict.result(WAIT)
+    assert scores == [4] and words.encode() == b"half a pair: ?\nScore: 4"
