@@ -922,7 +922,7 @@ FLAGS = [  # commands, flag, default (None: required), smallest value or choices
     ("train", "--judge-input", "together", ("together", "prefix", "alone"), "steps in a call"),
     ("train calibrate", "--rubric", "checkpoints", ("checkpoints", "none"), "of the reference"),
     ("train", "--reference", "right", ("right", "none", "wrong"), "what the judge is shown"),
-    ("train eval calibrate", "--domain", "math", tuple(judge_prompts.SYSTEM), "of rows without"),
+    ("train eval calibrate", "--domain", "math", tuple(judge_prompts.SYSTEM), "if rows lack it"),
     ("train", "--process-norm", "delta", ("delta", "end", "group"), "baseline of a step's reward"),
     ("train calibrate", "--judge-threads", 16, 1, "judge calls at a time"),
     ("train calibrate", "--max-judge-calls", 0, 0, "stop after so many paid calls; 0: no limit"),
