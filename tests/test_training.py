@@ -681,6 +681,10 @@ def test_max_judge_calls_stops_and_resumes(train, tmp_path, judge):
     asked = len(judge.requests)
     with pytest.raises(SystemExit, match="--max-judge-calls 5"):
         train(tmp_path / "a" / "run", "--max-judge-calls", "5")
+    deadline = time.monotonic() + 20  # a call may still be on its way
+    while len(judge.requests) - asked < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)
     assert len(judge.requests) - asked == 5
     resumed = train(tmp_path / "a" / "run", "--resume", "--max-judge-calls", "500")
     assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run"))
