@@ -10,6 +10,7 @@ ExpRL (arXiv 2606.17024) uses each problem's reference solution as a reward scaf
   4. update: PPO's clipped loss on those advantages + a small KL penalty to the initial policy
   5. after this "mid-training" the same loop with the sparse reward: 1 for a right answer, else 0
 Simplified: one device, one batch after the other; no value network, no entropy bonus.
+
   python exprl.py --model Qwen2.5-0.5B                                       # stage 1 on GSM8K
   python exprl.py --model runs/Qwen2.5-0.5B-process/final --method sparse    # stage 2
   python exprl.py eval --model Qwen2.5-0.5B runs/Qwen2.5-0.5B-process/final  # pass@1, pass@k
@@ -55,7 +56,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 import judge_prompts
-from judge_prompts import fence, judge_messages
+from judge_prompts import ATTACK, fence, judge_messages
 
 # ---- Settings that are no flags; those are at the end --------------------------------------------
 MAX_STEPS = 16  # what follows the 15th step of a completion is one step
@@ -65,6 +66,7 @@ JUDGE_OPTIONS = [  # tried in this order until the server refuses none of a set,
 JUDGE_TIMEOUT, JUDGE_RETRIES, JUDGE_ASKS = 120.0, 4, 3  # seconds; lost requests; until it scores
 COLUMNS = {"question": ("question", "problem", "prompt"), "reference": ("reference", "solution"),
            "answer": ("answer",), "domain": ("domain",)}
+JUDGED, OTHERS = ("process", "outcome"), ("sparse", "sft", "distill")  # methods, by their rewards
 DATASETS = {"gsm8k": "openai/gsm8k:main", "math": "DigitalLearningGmbH/MATH-lighteval"}
 OWNERS = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama": "meta-llama", "gemma": "google",
           "meta-llama": "meta-llama", "phi": "microsoft", "olmo": "allenai", "pythia": "EleutherAI"}
@@ -458,7 +460,7 @@ def fill_advantages(completions: list[Completion], args: argparse.Namespace) -> 
     for c in completions:
         if c.scores is not None:
             c.rewards = [(score - 1) / 4 for score in c.scores]
-        elif args.method not in ("process", "outcome"):
+        elif args.method in OTHERS:
             c.rewards = [math.nan if c.correct is None else float(c.correct)]
             c.advantages = [1.0] * len(c.steps)  # sft and distill: all tokens alike
     if args.method == "process":
@@ -554,7 +556,7 @@ def batch_loss(model, initial, batch: dict, n_tokens: int, args) -> tuple[Tensor
             teacher = completion_logits(initial, batch["teacher_input_ids"],
                                         batch["teacher_attention_mask"], n_completion)
         loss = mean(reverse_kl(completion_logits(model, *inputs), teacher, args.temperature))
-        return loss, {"kl": loss}
+        return loss, {"teacher_kl": loss}
     logp = token_logprobs(model, *inputs, 1.0 if args.method == "sft" else args.temperature)
     if "old" not in batch or args.method == "sft":  # rho = 1: at the first update; sft: always
         batch["old"] = batch["ref"] = logp.detach()
@@ -565,7 +567,7 @@ def batch_loss(model, initial, batch: dict, n_tokens: int, args) -> tuple[Tensor
     rho = torch.exp(logp.detach() - old)
     clipped = (rho > 1 + args.clip_high) & (a > 0) | (rho < 1 - args.clip_low) & (a < 0)
     return loss + args.kl * kl, {
-        "entropy": mean(-old),  # E[-log pi] over its own samples; sft: the cross-entropy
+        "cross_entropy" if args.method == "sft" else "entropy": mean(-old),  # E[-log pi]
         "kl": kl if initial else kl * math.nan,  # unknown without the initial model
         "ratio": mean(rho), "clip_fraction": mean(clipped.float())}
 def update(model, initial, optimizer, completions: list[Completion], args) -> dict[str, float]:
@@ -626,7 +628,7 @@ def train(args: argparse.Namespace) -> None:
     name = Path(args.model.rstrip("/").removesuffix("/final")).name
     args.out = args.out or f"runs/{name}-{args.method}"
     out, state, judge, initial = Path(args.out), open_run(args), None, None
-    if args.method in ("process", "outcome"):
+    if args.method in JUDGED:
         rows = show_reference(rows, args.reference, args.seed)
         judge = Judge(args, out.parent)  # the runs of a folder share its cache
     source, tokenizer = find_model(args.model)
@@ -642,8 +644,8 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     paid, done = judge.paid if judge else {}, state["step"]
     if done:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state.pop("model"))  # not to be held twice
+        optimizer.load_state_dict(state.pop("optimizer"))
         paid |= state["paid"]
     settings = vars(args) | {"sampling": model.generation_config.to_diff_dict()}
     write_log(out / "settings.json", [settings], "w")
@@ -709,7 +711,7 @@ def train(args: argparse.Namespace) -> None:
     finally:
         bar.close()
         if judge:
-            args.max_judge_calls = 1  # so no thread makes another call; those on their way are kept
+            args.max_judge_calls = -1  # no thread makes another call; those on their way are kept
             judge.pool.shutdown(wait=False, cancel_futures=True)
         if whole is not None and whole > saved:
             save(whole)  # also after an error or Ctrl-C
@@ -801,7 +803,7 @@ def calibrate(args: argparse.Namespace) -> None:
         own = row["reference"]
         attempts += [("the reference", own, 1), ("its first half", own[: len(own) // 2], None),
                      ("another problem's", row["other"], 0), ("nothing", "", None),
-                     ("talk to the judge", judge_prompts.ATTACK, 0)]
+                     ("talk to the judge", ATTACK, 0)]
         attempts += [(f"sampled, correct: {c.correct}", c.text, c.correct) for c in group]
     table = DataFrame(attempts, columns=["attempt", "text", "correct"])
     judge.announce(4 * (len(table) + len(rows)), "outcome", rows[0])
@@ -819,24 +821,23 @@ def calibrate(args: argparse.Namespace) -> None:
         judge.pool.shutdown(wait=False, cancel_futures=True)
     table.to_json(out / "attempts.jsonl", orient="records", lines=True)
     summary = table.groupby("attempt", sort=False)[names].mean().map("{:.2f}".format)
-    scores, correct = (table[columns].to_numpy(float).reshape(len(rows), -1, len(columns))
-                       for columns in (names, ["correct"]))
-    for i, shown in enumerate(names):
-        for j, name in enumerate(("misplacement", "AUROC")):
-            def statistic(drawn: np.ndarray, i: int = i, j: int = j) -> float:
-                return judge_quality(scores[drawn, :, i], correct[drawn, :, 0])[j]
+    correct = table["correct"].to_numpy(float).reshape(len(rows), -1)  # (problems, attempts)
+    for shown in names:
+        scores = table[shown].to_numpy(float).reshape(correct.shape)
+        for i, name in enumerate(("misplacement", "AUROC")):
+            def statistic(drawn: np.ndarray, scores: np.ndarray = scores, i: int = i) -> float:
+                return judge_quality(scores[drawn], correct[drawn])[i]
             value = "{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(statistic, len(rows)))
             summary.loc[name, shown] = "undefined" if "nan" in value else value
         summary.loc["failed", shown] = f"{table[shown].isna().mean():.1%}"
     differ = (table["right"] - table["right again"]).dropna().ne(0).mean()
     print(f"\nmean score by reference shown; 95% intervals over problems\n{summary.to_string()}")
     print(f"asked again, {differ:.1%} differ; {judge.paid}; all replies: {out / 'attempts.jsonl'}")
-    (misplaced, auroc), right = judge_quality(scores[..., 0], correct[..., 0]), table["right"]
-    talk = right[table.text == judge_prompts.ATTACK].mean()
+    misplaced, auroc = judge_quality(table["right"].to_numpy(float), correct.ravel())
     flaws = {f"misplacement {misplaced:.2f} (chance: .50)": not misplaced < 0.3,
              "AUROC undefined (one score for all, or none)": math.isnan(auroc),
-             f"over 10% failed: {judge.last_error}": right.isna().mean() > 0.1,
-             "it can be talked into a score": not talk <= 2}
+             f"over 10% failed: {judge.last_error}": table["right"].isna().mean() > 0.1,
+             "it can be talked into a score": not table.right[table.text == ATTACK].mean() <= 2}
     found = "; ".join(flaw for flaw in flaws if flaws[flaw])
     print(f"verdict: do not train with it: {found}" if found else "verdict: train with it")
 
@@ -866,10 +867,9 @@ def draw_charts(paths: list[Path], axes: list) -> None:
             axes[6].semilogx(k, mean, f"{color}o{'-' if file == evals[-1] else ':'}", base=2)
             axes[6].fill_between(k, low, high, color=color, alpha=0.15)
     axes[6].set(title="held-out pass@k (dotted: the first)", xlabel="k")
-def examples(rollouts: list[dict], n: int = 4) -> dict[str, list[dict]]:
-    """Completions that a learner wants to see, n of each sort or fewer."""
-    judged = [r | {"mean": float(np.mean(r["rewards"]))} for r in rollouts if r["rewards"]]
-    judged = [r for r in judged if not math.isnan(r["mean"])]
+def examples(log: list[dict], n: int = 4) -> dict[str, list[dict]]:
+    """Completions of a rollouts.jsonl that a learner wants to see, n of each sort or fewer."""
+    judged = [r | {"mean": np.mean(r["rewards"])} for r in log if (r["rewards"] or [-1])[0] >= 0]
     first, last = {r["question"]: r for r in judged[::-1]}, {r["question"]: r for r in judged}
     pairs = [(first[q], last[q]) for q in first if first[q]["step"] < last[q]["step"]]
     pairs.sort(key=lambda pair: pair[0]["mean"] - pair[1]["mean"])
@@ -877,7 +877,7 @@ def examples(rollouts: list[dict], n: int = 4) -> dict[str, list[dict]]:
     return {"Largest improvement: the first and the last completion of a problem":
             [r for a, b in pairs[: n // 2] if a["mean"] < b["mean"] for r in (a, b)],
             "Judge vs. answer": [r for r in judged[:n] if r["correct"] not in (None, r["mean"])],
-            "Failed judgements": [r for r in rollouts if not r["rewards"]][:n]}
+            "Failed judgements": [r for r in log if not r["rewards"]][:n]}
 def report(args: argparse.Namespace) -> None:
     """A page about runs: settings, learning curves, pass@k, completions to read. plot: curves."""
     paths, charts, runs = [Path(path) for path in args.run], [], []
@@ -910,7 +910,7 @@ FLAGS = [  # commands, flag, default (None: required), smallest value or choices
     ("eval", "--model", None, "+", "one or more: hub ids, short names, folders (RUN/final)"),
     ("plot report", "run", None, "+", "run folders, and files that eval wrote"),
     ("calibrate", "--model", "", None, "also judge its completions (hub id, short name or folder)"),
-    ("train", "--method", "process", ("process", "outcome", "sparse", "sft", "distill"), "reward"),
+    ("train", "--method", "process", JUDGED + OTHERS, "ExpRL by step or answer; GRPO; baselines"),
     ("train eval calibrate", "--data", "gsm8k", None, "gsm8k, math, FILE.jsonl or HUB_ID[:CONFIG]"),
     ("train", "--out", "", None, "run folder (default: runs/MODEL-METHOD)"),
     ("eval calibrate", "--out", "runs/eval", None, "folder for what was sampled and judged"),

@@ -7,6 +7,7 @@ training goes on from its last checkpoint. Results: RUNS/comparison.md and RUNS/
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -173,7 +174,9 @@ def run_all(jobs: list[Job], lock: int, starts: Path) -> None:
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+            process.kill()
         judge.shutdown()
         if new:
             exprl.write_log(starts, [{"seconds": time.monotonic() - begun}])
@@ -364,8 +367,16 @@ def main() -> None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                print("waiting for another comparison in this folder, or what is left of it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                print(
+                    "waiting a minute for another comparison in this folder, or what is left of it"
+                )
+                for _ in range(60):
+                    time.sleep(1)
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                else:
+                    exprl.stop(f"another comparison is running in {compare}: wait for its end")
             jobs = [job for seed in args.seeds for job in plan(args, seed)]
             run_all(jobs, lock.fileno(), compare / "starts.jsonl")
             report(args, jobs)
