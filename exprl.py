@@ -61,8 +61,8 @@ from judge_prompts import ATTACK, fence, judge_messages
 # ---- Settings that are no flags; those are at the end --------------------------------------------
 MAX_STEPS = 16  # what follows the 15th step of a completion is one step
 JUDGE_OPTIONS = [  # tried in this order until the server refuses none of a set, then remembered
-    {"temperature": 0.0, "max_completion_tokens": 2048}, {"temperature": 0.0, "max_tokens": 2048},
-    {"max_completion_tokens": 2048}, {"max_tokens": 2048}]
+    {"temperature": 0.0, "max_tokens": 2048}, {"temperature": 0.0, "max_completion_tokens": 2048},
+    {"max_tokens": 2048}, {"max_completion_tokens": 2048}]  # some ignore the latter: it is second
 JUDGE_TIMEOUT, JUDGE_RETRIES, JUDGE_ASKS = 120.0, 4, 3  # seconds; lost requests; until it scores
 COLUMNS = {"question": ("question", "problem", "prompt"), "reference": ("reference", "solution"),
            "answer": ("answer",), "domain": ("domain",)}
@@ -283,7 +283,8 @@ def read_references(rows: list[dict], tokenizer, settings: GenerationConfig) -> 
 def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     r"""T decoded tokens of a completion -> its steps, (start, end) token spans that cover all T.
     A step starts at a line that begins with ###; a completion without any is split at blank lines.
-    Crumbs (bare delimiters, white space) go to a neighbour; what follows 15 steps is one step.
+    Crumbs (bare delimiters, white space) go to a neighbour, a token across a border goes to the
+    later step, and what follows 15 steps is one step.
     >>> split_steps(["### ", "a", "=", "2", "\n", "### ", "b", "=", "3"])
     [(0, 5), (5, 9)]
     """
@@ -380,9 +381,9 @@ class Judge:
         for _ in range(JUDGE_ASKS):
             try:
                 reply = self.request(messages)
-            except Exception as error:  # of the API, or of a reply that is none
-                self.last_error = f"{type(error).__name__}: {error}"
-                return None, f"(no verdict: {error})"
+            except Exception as error:  # of the API (its words are in the body), or a broken reply
+                self.last_error = f"{type(error).__name__}: {getattr(error, 'body', None) or error}"
+                return None, f"(no verdict: {self.last_error})"
             if parse(reply) is not None:
                 with self.lock:
                     self.cache[key] = reply
@@ -478,12 +479,11 @@ def fill_advantages(completions: list[Completion], args: argparse.Namespace) -> 
 
 # ---- Loss ----------------------------------------------------------------------------------------
 def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
-    """(B, P + T) ids and mask (0: padding), n = T -> (B, T, V) logits of the completion tokens."""
-    return model(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
-        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),  # padding takes no position
-        logits_to_keep=n + 1,
-    ).logits[:, -n - 1 : -1]  # the logits at t - 1 predict token t
+    """(B, P + T) ids and mask, n = T -> (B, T, V) logits that predict the completion's tokens: those
+    at t - 1 for token t. Mask 0 is padding, on the left; it takes no position."""
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
+                 use_cache=False, logits_to_keep=n + 1).logits[:, -n - 1 : -1]
 def row_by_row(function: Callable, *tensors: Tensor) -> Tensor:
     """function of each row of (B, T, ...) -> (B, T); its float32 (T, V) are there for one row at a
     time, and made again in the backward pass."""
@@ -500,7 +500,7 @@ def token_logprobs(model, input_ids: Tensor, attention_mask: Tensor, n_completio
 
 def policy_loss(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor, clip_low: float,
                 clip_high: float, denominator: float) -> Tensor:
-    """PPO's clipped loss, per token: logp, logp_old, advantages, bool mask (B, T) -> scalar.
+    """PPO's clipped loss: logp, logp_old, advantages, mask (B, T; NaN where it is False) -> scalar.
     L = - sum over the mask of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / denominator,
     rho = exp(logp - logp_old). The denominator is the number of tokens of the whole optimizer step,
     not of a micro-batch. At rho = 1 the value is minus the mean advantage, often 0, yet it trains.
@@ -509,7 +509,7 @@ def policy_loss(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor
     >>> round(policy_loss(logp, old, ones, ones.bool(), 0.2, 0.28, 2).item(), 3)
     -1.14
     """
-    rho = torch.exp(torch.where(mask, logp - logp_old, 0.0))  # (B, T); padding may hold anything
+    rho = torch.exp(torch.where(mask, logp - logp_old, 0.0))  # (B, T)
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.minimum(rho * advantages, clipped * advantages)
     return -torch.where(mask, objective, 0.0).sum() / denominator
@@ -523,9 +523,9 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return torch.expm1(log_r) - log_r  # exp(x) - 1 would round to less than x
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """(B, T, V) logits of both at the student's samples -> (B, T) KL(student || teacher), in nats.
-    KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)), over the whole vocabulary. The sampled form is
-    the loss a_t log p_S(y_t), a_t = log p_S(y_t) - log p_T(y_t) detached: over y_t ~ p_S its mean
-    gradient is this one's, which has no sampling noise."""
+    KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)), over the whole vocabulary. The sampled form, the
+    loss a_t log p_S(y_t) with a_t = log p_S(y_t) - log p_T(y_t) detached, has this mean gradient
+    over y_t ~ p_S, and sampling noise."""
     def row_kl(student: Tensor, teacher: Tensor) -> Tensor:  # (T, V), (T, V) -> (T,)
         log_s, log_t = (torch.log_softmax(x.float() / temperature, -1) for x in (student, teacher))
         return (log_s.exp() * (log_s - log_t)).sum(-1)
@@ -837,7 +837,7 @@ def calibrate(args: argparse.Namespace) -> None:
     flaws = {f"misplacement {misplaced:.2f} (chance: .50)": not misplaced < 0.3,
              "AUROC undefined (one score for all, or none)": math.isnan(auroc),
              f"over 10% failed: {judge.last_error}": table["right"].isna().mean() > 0.1,
-             "it can be talked into a score": not table.right[table.text == ATTACK].mean() <= 2}
+             "it can be talked into a score": table.right[table.text == ATTACK].mean() > 2}
     found = "; ".join(flaw for flaw in flaws if flaws[flaw])
     print(f"verdict: do not train with it: {found}" if found else "verdict: train with it")
 

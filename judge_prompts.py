@@ -231,16 +231,26 @@ on its line."""
 
 
 def fence(texts: list[str]) -> str:
-    """Texts between numbered tags that carry a hash of them all: no text can know that and close
-    its tag. The same texts give the same tags, so a verdict is found again in the cache."""
+    r"""Texts between tags <text-1-CODE>, <text-2-CODE>, ..., each part on a line of its own. CODE is
+    the first 8 hexadecimal digits of the SHA-256 of all texts joined: no text can know it and close
+    its tag. The same texts give the same tags, so a verdict is found again in the cache.
+    >>> fence(["Score: 5"])
+    '<text-1-7cc2a274>\nScore: 5\n</text-1-7cc2a274>'
+    """
     code = hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
     tags = [f"text-{t}-{code}" for t in range(1, len(texts) + 1)]
     return "\n".join(f"<{t}>\n{text}\n</{t}>" for t, text in zip(tags, texts, strict=True))
 
 
 def judge_messages(kind: str, row: dict, rubric: str = "", attempt: str = "") -> list[dict]:
-    """The messages of one judge call: what is the same for all first, the completion last. The
-    templates are filled in one pass: a {field} in a completion stays as it is."""
+    """The messages of one judge call: {"role", "content"} of the system, then of the user.
+
+    The system message is that of SYSTEM for the row's domain and this kind, its {basis} being the
+    BASIS with or without a reference, its other fields those of SHARED. The user message has the
+    parts of USER in order: the row's question and reference, the rubric, the attempt; what is empty
+    is left out, and a blank line stands between the parts. Each template is filled once: a {field}
+    in a completion stays as it is.
+    """
     basis = BASIS[row["domain"]]["reference" if row["reference"] else "none"]
     system = SYSTEM[row["domain"]][kind].format(basis=basis, **SHARED)
     texts = (row["question"], row["reference"], rubric, attempt)

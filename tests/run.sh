@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/setup.sh
 export CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
-exec "$python" -m pytest --doctest-modules exprl.py tests "$@"
+exec "$python" -m pytest --doctest-modules exprl.py judge_prompts.py tests "$@"

@@ -157,6 +157,11 @@ def test_a_judge_that_fails_often(calibrate):
     assert "asked again, 0.0% " in output
 
 
+def test_a_judge_without_any_verdict_is_not_said_to_be_talked_into_one(calibrate):
+    output, _, _ = calibrate(lambda *_: "?", 2, "--rubric", "none")
+    assert "over 10% failed" in verdict_of(output) and "talked" not in verdict_of(output)
+
+
 # --------------------------------------------------------------------------------------------------
 # What the judge is asked
 

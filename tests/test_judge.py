@@ -446,10 +446,10 @@ def test_a_torn_last_line_costs_one_call(serve, connect):
 @pytest.mark.parametrize(
     ("refused", "wasted", "kept"),
     [
-        ({"max_completion_tokens"}, 1, {"temperature", "max_tokens"}),
-        ({"temperature"}, 2, {"max_completion_tokens"}),
-        ({"temperature", "max_completion_tokens"}, 3, {"max_tokens"}),
-        ({"max_tokens"}, 0, {"temperature", "max_completion_tokens"}),
+        ({"max_tokens"}, 1, {"temperature", "max_completion_tokens"}),
+        ({"temperature"}, 2, {"max_tokens"}),
+        ({"temperature", "max_tokens"}, 3, {"max_completion_tokens"}),
+        ({"max_completion_tokens"}, 0, {"temperature", "max_tokens"}),
     ],
 )
 def test_refused_options_are_found_out_and_remembered(refused, wasted, kept, serve, connect):
@@ -493,6 +493,14 @@ def test_a_server_that_never_answers_well_gives_no_verdict(body, requests, serve
     judge = connect(server)
     assert verdicts(judge, "outcome", completion("text")) == [None]
     assert len(server.requests) == requests and judge.last_error
+
+
+@pytest.mark.parametrize("body", [{"detail": "pinned to a"}, {"error": "pinned to a"}, "pinned to a"])
+def test_the_server_s_own_words_are_kept(body, serve, connect):
+    """Those of servers whose errors have not the form of OpenAI's."""
+    judge = connect(serve((400, body)))
+    [(scores, [words], _)] = judgements(judge, "outcome", completion("text"))
+    assert scores is None and "pinned to a" in judge.last_error and "pinned to a" in words
 
 
 def test_one_failure_leaves_the_others_their_verdicts(serve, connect):
