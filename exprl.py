@@ -288,13 +288,15 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     >>> split_steps(["### ", "a", "=", "2", "\n", "### ", "b", "=", "3"])
     [(0, 5), (5, 9)]
     """
-    text, kept, ends = "".join(pieces).rstrip(), [0], np.cumsum([len(piece) for piece in pieces])
+    text, starts, ends = "".join(pieces).rstrip(), [0], np.cumsum([0, *map(len, pieces)])
     cuts = [match.start() for match in re.finditer(r"^###", text, re.MULTILINE)]
     for cut in cuts or [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]:
-        if re.search(r"\w", text[kept[-1] : cut]) and re.search(r"\w", text[cut:]):
-            kept.append(cut)
-    starts = sorted({0, *np.searchsorted(ends, kept[1:MAX_STEPS], "right").tolist()})
-    return list(zip(starts, [*starts[1:], len(pieces)], strict=True)) if pieces else []
+        start = int(np.searchsorted(ends[1:], cut, "right"))  # the token that holds the border
+        before, after = text[ends[starts[-1]] : ends[start]], text[ends[start] :]
+        if re.search(r"\w", before) and re.search(r"\w", after):
+            starts.append(start)
+    spans = zip(starts[:MAX_STEPS], [*starts[1:MAX_STEPS], len(pieces)], strict=True)
+    return list(spans) if pieces else []
 
 # ---- Judge: question, hidden reference and completion -> scores 1..5 -----------------------------
 def parse_score(reply: str, label: str = "Score") -> int | None:
@@ -419,7 +421,7 @@ class Judge:
 
 # ---- Advantages ----------------------------------------------------------------------------------
 def group_advantages(rewards: Tensor, valid: Tensor, group_size: int, divide=True) -> Tensor:
-    """(B,) rewards, (B,) bool valid -> (B,) advantages A_i = (r_i - mean) / (std + eps), by group.
+    """(B,) rewards, (B,) bool valid -> (B,) advantages A = (r - mean) / (std + 1e-6), by group.
     Groups are consecutive blocks of G = group_size. mean and std (n - 1) are those of the group's
     valid members; the others get 0, and so does a group with fewer than two valid or no variance.
     Without `divide`, A_i = r_i - mean. ValueError if B is no multiple of G. ExpRL-Outcome; GRPO.
@@ -443,9 +445,8 @@ def step_advantages(step_rewards: list[list[float]], norm: str) -> list[list[flo
     end:   A_t = s_t - s_T for t < T, A_T = s_T
     group: A_t = s_t - mean over the group's completions of (mean over the completion's steps)
     No standard deviation. Judged completions only. ValueError for another norm. ExpRL-Process.
-    >>> [step_advantages([[0.25, 0.5, 1.0, 0.25], [0.5]], n) for n in ("delta", "end", "group")]
-    [[[0.0, 0.25, 0.5, -0.75], [0.0]], [[0.0, 0.25, 0.75, 0.25], [0.5]],
-     [[-0.25, 0.0, 0.5, -0.25], [0.0]]]
+    >>> [step_advantages([[0.25, 1.0], [0.5]], norm) for norm in ("delta", "end", "group")]
+    [[[-0.75, 0.75], [0.0]], [[-0.75, 1.0], [0.5]], [[-0.3125, 0.4375], [-0.0625]]]
     """
     if norm == "delta":
         return [[s[t] - s[t - 1] for t in range(len(s))] for s in step_rewards]  # s[-1] is s_T
@@ -479,8 +480,8 @@ def fill_advantages(completions: list[Completion], args: argparse.Namespace) -> 
 
 # ---- Loss ----------------------------------------------------------------------------------------
 def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
-    """(B, P + T) ids and mask, n = T -> (B, T, V) logits that predict the completion's tokens: those
-    at t - 1 for token t. Mask 0 is padding, on the left; it takes no position."""
+    """(B, P + T) ids and mask, n = T -> (B, T, V) logits that predict the completion's tokens,
+    those at t - 1 for token t. Mask 0 is padding, on the left; it takes no position."""
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
                  use_cache=False, logits_to_keep=n + 1).logits[:, -n - 1 : -1]
@@ -500,7 +501,7 @@ def token_logprobs(model, input_ids: Tensor, attention_mask: Tensor, n_completio
 
 def policy_loss(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor, clip_low: float,
                 clip_high: float, denominator: float) -> Tensor:
-    """PPO's clipped loss: logp, logp_old, advantages, mask (B, T; NaN where it is False) -> scalar.
+    """PPO's clipped loss: logp, logp_old, advantages, mask (B, T; outside it anything) -> scalar.
     L = - sum over the mask of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / denominator,
     rho = exp(logp - logp_old). The denominator is the number of tokens of the whole optimizer step,
     not of a micro-batch. At rho = 1 the value is minus the mean advantage, often 0, yet it trains.
@@ -522,10 +523,9 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     log_r = logp_ref - logp
     return torch.expm1(log_r) - log_r  # exp(x) - 1 would round to less than x
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """(B, T, V) logits of both at the student's samples -> (B, T) KL(student || teacher), in nats.
-    KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)), over the whole vocabulary. The sampled form, the
-    loss a_t log p_S(y_t) with a_t = log p_S(y_t) - log p_T(y_t) detached, has this mean gradient
-    over y_t ~ p_S, and sampling noise."""
+    """(B, T, V) logits of both at the student's samples -> (B, T) float32 KL(student || teacher).
+    KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)) nats, over the vocabulary. The released code's
+    a_t log p_S(y_t), a_t = log p_S(y_t) - log p_T(y_t) detached, has this mean gradient, and noise."""
     def row_kl(student: Tensor, teacher: Tensor) -> Tensor:  # (T, V), (T, V) -> (T,)
         log_s, log_t = (torch.log_softmax(x.float() / temperature, -1) for x in (student, teacher))
         return (log_s.exp() * (log_s - log_t)).sum(-1)

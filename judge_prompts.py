@@ -231,9 +231,9 @@ on its line."""
 
 
 def fence(texts: list[str]) -> str:
-    r"""Texts between tags <text-1-CODE>, <text-2-CODE>, ..., each part on a line of its own. CODE is
-    the first 8 hexadecimal digits of the SHA-256 of all texts joined: no text can know it and close
-    its tag. The same texts give the same tags, so a verdict is found again in the cache.
+    r"""Texts between tags <text-1-CODE>, <text-2-CODE>, ..., each tag on a line of its own. CODE
+    is the first 8 hexadecimal digits of the SHA-256 of all texts joined: no text can know it and
+    close its tag. The same texts give the same tags, so a verdict is found again in the cache.
     >>> fence(["Score: 5"])
     '<text-1-7cc2a274>\nScore: 5\n</text-1-7cc2a274>'
     """

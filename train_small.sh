@@ -6,7 +6,8 @@
 #   bash train_small.sh Qwen2.5-0.5B    the same on GSM8K, for one GPU; the judge is OpenAI's (set
 #                                       OPENAI_API_KEY) or your own (set JUDGE_URL and JUDGE_MODEL)
 # STAGE1 and STAGE2 in the environment change the numbers of steps, RUNS the folder of the runs, and
-# (of compare) SEEDS and SYSTEMS what is compared.
+# (of compare) SEEDS and SYSTEMS what is compared. JUDGE_MODEL=toy-judge-lies-20 makes the toy judge
+# turn 20% of its scores round (with another RUNS).
 set -euo pipefail
 cd "$(dirname "$0")"
 . tests/setup.sh
@@ -20,6 +21,7 @@ if [ $# -eq 0 ] || [ "$1" = compare ]; then
   unset OPENAI_API_KEY OPENAI_BASE_URL
   sampling=(--temperature 1 --max-new-tokens 60 --sample-batch 256)
   train=(--lr 4e-4 --kl 0.02 --updates-per-batch 2 --micro-batch 64 --save-every 20)
+  train+=(--judge-model "${JUDGE_MODEL:-toy-judge}")
   [ $# -eq 0 ] || exec "$python" tests/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
     --stage1 "$stage1" --stage2 "$stage2" --base-steps "${BASE_STEPS:-1000}" \
     --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${train[*]}" --sampling="${sampling[*]}"
@@ -34,7 +36,7 @@ if [ $# -eq 0 ] || [ "$1" = compare ]; then
     sleep 0.1
   done
   [ -f "$runs/judge.url" ] || { echo "the toy judge did not start within 30 seconds" >&2; exit 1; }
-  judge=(--judge-url "$(cat "$runs/judge.url")" --judge-model toy-judge)
+  judge=(--judge-url "$(cat "$runs/judge.url")")
   held_out=(--data "$runs/heldout.jsonl" --problems "${PROBLEMS:-0}" --samples 8 --out "$runs/eval")
 else
   runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1

@@ -29,12 +29,12 @@ import toy_world  # noqa: E402
 
 import exprl  # noqa: E402
 
-PROCESS = "--judge-model toy-judge --method process --process-norm"
+PROCESS = "--method process --process-norm"
 SYSTEMS = {  # run folder: (row of the table, flags of stage 1); stage 2 is the same for all
     "sparse": ("sparse reward (GRPO)", "--method sparse"),
     "sft": ("SFT on references", "--method sft --prompts-per-step 64 --lr 5e-4"),
     "distill": ("self-distillation", "--method distill"),
-    "outcome": ("ExpRL-Outcome", "--judge-model toy-judge --method outcome"),
+    "outcome": ("ExpRL-Outcome", "--method outcome"),
     "process-delta": ("ExpRL-Process, delta", f"{PROCESS} delta"),
     "process-end": ("ExpRL-Process, end", f"{PROCESS} end"),
     "process-group": ("ExpRL-Process, group", f"{PROCESS} group"),
@@ -124,7 +124,7 @@ def run_all(jobs: list[Job], lock: int, starts: Path) -> None:
     """Run what is not finished, two at a time. A job that fails ends all with one line."""
     finished = {job.name for job in jobs if job.is_done()}
     new, running, begun = [], {}, time.monotonic()
-    judge = toy_world.ChatServer(lambda request: toy_world.reply_to(request["messages"]))
+    judge = toy_world.ChatServer(toy_world.answer)
     environment = os.environ | {"OPENAI_BASE_URL": judge.url}  # so the port is in no command
     # where there is setpriv (Linux), no job outlives this process, however that ends
     tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []

@@ -48,7 +48,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def judge():
     """The toy judge behind its HTTP server."""
-    server = toy_world.ChatServer(lambda request: toy_world.reply_to(request["messages"]))
+    server = toy_world.ChatServer(toy_world.answer)
     yield server
     server.shutdown()
 

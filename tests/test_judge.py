@@ -495,7 +495,9 @@ def test_a_server_that_never_answers_well_gives_no_verdict(body, requests, serve
     assert len(server.requests) == requests and judge.last_error
 
 
-@pytest.mark.parametrize("body", [{"detail": "pinned to a"}, {"error": "pinned to a"}, "pinned to a"])
+@pytest.mark.parametrize(
+    "body", [{"detail": "pinned to a"}, {"error": "pinned to a"}, "pinned to a"]
+)
 def test_the_server_s_own_words_are_kept(body, serve, connect):
     """Those of servers whose errors have not the form of OpenAI's."""
     judge = connect(serve((400, body)))

@@ -18,6 +18,7 @@ only as a model folder, JSON-lines files and a judge's URL.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -230,7 +231,19 @@ def step_score(
     return 1 if last or rest.strip() else 5
 
 
-def reply_to(messages: list[dict]) -> str:
+def tell(score: int, lies: int, about: str) -> int:
+    """The score, or (for `lies` per cent of all that is asked about) its opposite, 6 - score."""
+    draw = int(hashlib.sha256(about.encode()).hexdigest(), 16) % 100
+    return 6 - score if draw < lies else score
+
+
+def answer(request: dict) -> str:
+    """The toy judge's reply to a chat-completions request; `toy-judge-lies-20` lies about 20%."""
+    lies = re.search(r"-lies-(\d+)$", request["model"])
+    return reply_to(request["messages"], int(lies[1]) if lies else 0)
+
+
+def reply_to(messages: list[dict], lies: int = 0) -> str:
     """The toy judge's reply to a prompt of judge_prompts.py, with a reference or without."""
     system, user = messages[0]["content"], messages[1]["content"]
     kinds = judge_prompts.SYSTEM["math"]
@@ -256,7 +269,9 @@ def reply_to(messages: list[dict]) -> str:
         before = "".join(re.findall(r"^### .*=(\d\d)$", text, re.MULTILINE)[:1])
     if kind == "outcome":  # how many of the three checkpoints are reached in a row
         right = sum(counts[: (*scores, 1).index(1)])
-        return f"{right} steps in a row are right.\nScore: {1 + int(4 * (right // 2) / 3)}"
+        score = tell(1 + int(4 * (right // 2) / 3), lies, user)
+        return f"{right} steps in a row are right.\nScore: {score}"
+    scores = [tell(score, lies, f"{t} {user}") for t, score in enumerate(scores)]
     if kind == "together":
         return "\n".join(f"Step {t}: {score}" for t, score in enumerate(scores, 1))
     return f"Checked the last step.\nScore: {scores[-1]}"
@@ -326,7 +341,7 @@ class ChatHandler(BaseHTTPRequestHandler):
 
 def serve(url_file: Path) -> None:
     """Run the toy judge until the process that started it is gone."""
-    server = ChatServer(lambda request: reply_to(request["messages"]))
+    server = ChatServer(answer)
     partial = url_file.with_suffix(".partial")
     partial.write_text(server.url, encoding="utf-8")
     partial.rename(url_file)

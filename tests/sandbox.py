@@ -1,0 +1,410 @@
+"""Calls a graded function where it can do no harm, and judges what comes back here.
+
+A submission runs in a process of its own, with limits on time and memory, without network but
+loopback, and without the right to start a program, to write a file, or to read the grader's. That
+process never sees a test: it gets arguments and sends back a value, as JSON, which the grader
+compares. So a submission that prints, exits, hangs, patches torch or pytest, or reports success
+gains nothing. This stops accidents and ordinary cheating; for code that is out to do harm, grade in
+a container.
+"""
+
+import contextlib
+import functools
+import importlib
+import ipaddress
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ["torch", "transformers", "datasets", "openai", "math_verify", "matplotlib.pyplot"]
+HEAVY += ["pandas", "jinja2", "tqdm", "regex", "transformers.models.llama.modeling_llama"]
+HEAVY += ["transformers.models.gpt2.modeling_gpt2", "torch.utils.checkpoint"]
+LARGEST = 2**25  # bytes of one reply
+
+# --------------------------------------------------------------------------------------------------
+# Values on their way: arguments are pickled (the grader is trusted), replies are JSON (nobody is)
+
+
+def encode(value) -> object:
+    """A value as JSON can hold it: tensors with their type, tuples as lists, others by name."""
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"tensor": value.detach().tolist(), "dtype": dtype, "shape": list(value.shape)}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value.item() if hasattr(value, "item") else value  # numpy's float64 is a float
+    return {"type": type(value).__name__}
+
+
+def decode(data) -> object:
+    """The value that `encode` was given; what it did not know becomes `<its type>`."""
+    if isinstance(data, list):
+        return [decode(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if "tensor" in data:
+        return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"])).view(data["shape"])
+    if "dict" in data:
+        return {key: decode(item) for key, item in data["dict"]}
+    return f"<{data['type']}>"
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, with the last line of the submission that it passed through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename).name in ("exprl.py", "judge_prompts.py")]
+    text = f"{type(error).__name__}: {error}".strip(": ")
+    return " ".join(text.split())[:300] + (f" (line {lines[-1]})" if lines else "")
+
+
+def perform(function, request: bytes) -> dict:
+    """Call the function with pickled (arguments, whether gradients are wanted).
+
+    The gradients are those of the sum of the output, each element weighted differently, by the
+    tensors among the arguments that require them and by the parameters of a model among them.
+    """
+    try:
+        args, wants_gradients = pickle.loads(request)
+        out = function(*args)
+        reply = {"out": encode(out), "args": encode(args)}
+        if wants_gradients:
+            weights = torch.linspace(2, -1, out.numel()).view(out.shape)
+            leaves = [
+                leaf
+                for arg in args
+                for leaf in (arg.parameters() if isinstance(arg, torch.nn.Module) else [arg])
+                if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+            ]
+            total = (out * weights).sum()
+            found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+            reply["gradients"] = encode(found)
+    except BaseException as error:  # SystemExit too
+        reply = {"error": type(error).__name__, "words": describe(error)}
+    return reply
+
+
+class Bigram(torch.nn.Module):
+    """A model whose logits depend on nothing but the current token: logits_p = table[input_p]."""
+
+    def __init__(self, table: torch.Tensor):
+        super().__init__()
+        self.table = torch.nn.Parameter(table)
+
+    def forward(self, input_ids, attention_mask=None, logits_to_keep=0, **_):
+        return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:])
+
+
+# --------------------------------------------------------------------------------------------------
+# The grader's side: a graded function, here or there
+
+
+class Failed(Exception):
+    """What a graded function does wrong, in a student's words."""
+
+
+def shown(value, size: int = 160) -> str:
+    """A value for a message: tensors as lists, floats rounded, not too long."""
+
+    def plain(x):
+        if isinstance(x, torch.Tensor):
+            return plain(x.tolist())
+        if isinstance(x, (list, tuple)):
+            return [plain(item) for item in x]
+        if isinstance(x, torch.nn.Module):
+            return f"a {type(x).__name__}"
+        return round(x, 4) if isinstance(x, float) else x
+
+    text = repr(plain(value))
+    return text if len(text) <= size else f"{text[: size - 4]} ..."
+
+
+def is_same(got, want, tolerance: float) -> bool:
+    """Equal in shape, kind and value; numbers within the tolerance, absolute and relative."""
+    if isinstance(want, torch.Tensor):
+        if not isinstance(got, torch.Tensor) or got.shape != want.shape:
+            return False
+        if torch.bool in (got.dtype, want.dtype):
+            return got.dtype == want.dtype and torch.equal(got, want)
+        return torch.allclose(got.double(), want.double(), rtol=tolerance, atol=tolerance)
+    if isinstance(want, (list, tuple)):
+        pairs = zip(got, want, strict=False) if isinstance(got, list) else []
+        return (
+            isinstance(got, list)
+            and len(got) == len(want)
+            and all(is_same(g, w, tolerance) for g, w in pairs)
+        )
+    if isinstance(want, float):
+        is_number = isinstance(got, (int, float)) and not isinstance(got, bool)
+        return is_number and abs(got - want) <= tolerance * max(1, abs(want))
+    return type(got) is type(want) and got == want
+
+
+class Graded:
+    """A graded function that is called through `ask`; its arguments must come out unchanged."""
+
+    def __init__(self, name: str, seed: int = 0):
+        self.name, self.rng = name, random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def ask(self, request: bytes) -> dict:
+        raise NotImplementedError
+
+    def reply(self, args: tuple, wants_gradients: bool = False) -> dict:
+        reply = self.ask(pickle.dumps((args, wants_gradients)))
+        if reply.get("error") == "NotImplementedError":
+            raise Failed("it is not written yet")
+        return reply
+
+    def call(self, args: tuple, wants_gradients: bool = False) -> dict:
+        reply = self.reply(args, wants_gradients)
+        if "error" in reply:
+            raise Failed(f"{self.name}{shown(args)} raised {reply['words']}")
+        if json.dumps(reply["args"]) != json.dumps(encode(args)):
+            raise Failed(f"it changes its arguments {shown(args)} in place")
+        return reply
+
+    def __call__(self, *args):
+        """What it returns for these arguments."""
+        return decode(self.call(args)["out"])
+
+    def tensor(self, shape: tuple, *args) -> torch.Tensor:
+        """What it returns; Failed unless that is a tensor of this shape."""
+        got = self(*args)
+        if not isinstance(got, torch.Tensor) or got.shape != shape:
+            what = (
+                f"a tensor of shape {tuple(got.shape)}"
+                if isinstance(got, torch.Tensor)
+                else shown(got)
+            )
+            raise Failed(f"it returns {what}, not a tensor of shape {tuple(shape)}")
+        return got
+
+    def gradients(self, *args) -> list:
+        """The gradients of its weighted output, see `perform`."""
+        return decode(self.call(args, True)["gradients"])
+
+    def gives(self, want, *args, tolerance: float = 1e-5, gradients: bool = False) -> None:
+        """Fail unless it returns this (or these gradients) for these arguments."""
+        got = self.gradients(*args) if gradients else self(*args)
+        if not is_same(got, want, tolerance):
+            what = "the gradient of " if gradients else ""
+            call = f"{what}{self.name}({shown(args)[1:-1]})"
+            raise Failed(f"{call} is {shown(got)}, not {shown(want)}")
+
+    def refuses(self, *args) -> None:
+        """Fail unless it raises a ValueError."""
+        reply = self.reply(args)
+        if reply.get("error") != "ValueError":
+            got = reply.get("words") or f"returns {shown(decode(reply['out']))}"
+            raise Failed(f"{self.name}({shown(args)[1:-1]}): {got}, where a ValueError is due")
+
+
+class Here(Graded):
+    """A function that is trusted, in this process."""
+
+    def __init__(self, function, seed: int = 0):
+        super().__init__(function.__name__, seed)
+        self.function = function
+
+    def ask(self, request: bytes) -> dict:
+        return json.loads(json.dumps(perform(self.function, request)))
+
+
+@functools.cache
+def warm_up():
+    """Start the server that each submission's process is forked from: it has loaded what takes
+    long, once for all, and none of the grader's modules."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    os.environ["OMP_NUM_THREADS"] = "1"  # a process that has started no threads can be forked
+    first = context.Process(target=os.getpid, daemon=True)
+    first.start()
+    first.join(300)
+    return context
+
+
+class There(Graded):
+    """A function of a submission, in a process of its own; `with` it, for the end of the process.
+
+    Everything that is wrong with it is a Failed: it cannot be imported, it takes more than
+    `seconds` for all calls together or more than `megabytes`, its process ends, its reply is none.
+    """
+
+    def __init__(
+        self, folder: Path, module: str, name: str, seconds: float, megabytes: int, seed=0
+    ):
+        super().__init__(name, seed)
+        self.seconds, self.is_late, self.is_imported = seconds, False, False
+        context = warm_up()
+        self.scratch = tempfile.mkdtemp()
+        self.here, there = context.Pipe()
+        arguments = (there, str(Path(folder).resolve()), module, name, megabytes, self.scratch)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        there.close()
+        self.timer = threading.Timer(seconds, self.stop, [True])
+        self.timer.daemon = True
+        self.timer.start()
+
+    def stop(self, is_late: bool = False) -> None:
+        """Kill the process, and wake whoever waits for its reply."""
+        self.is_late = self.is_late or is_late
+        self.process.kill()
+        with contextlib.suppress(OSError):
+            end = socket.socket(fileno=os.dup(self.here.fileno()))
+            end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def __enter__(self) -> "There":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.timer.cancel()
+        self.stop()
+        self.process.join(10)
+        self.here.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def receive(self) -> dict:
+        try:
+            reply = json.loads(self.here.recv_bytes(LARGEST))
+            if isinstance(reply, dict):
+                return reply
+        except ValueError:
+            pass
+        except (EOFError, OSError):
+            if self.is_late:
+                raise Failed(f"it took more than {self.seconds:g} seconds") from None
+            self.process.join(5)
+            if self.process.exitcode is not None:
+                ended = f"its process ended (exit status {self.process.exitcode})"
+                raise Failed(ended) from None
+        raise Failed("its reply is none")
+
+    def load(self) -> None:
+        """Wait until the submission is imported; Failed if that fails."""
+        first = self.receive()
+        if first.get("ready") is not True:
+            raise Failed(str(first.get("words"))[:400])
+        self.is_imported = True
+
+    def ask(self, request: bytes) -> dict:
+        with contextlib.suppress(OSError):  # `receive` says why
+            self.here.send_bytes(request)
+        reply = self.receive()
+        try:
+            if "error" in reply:
+                return {"error": str(reply["error"]), "words": str(reply.get("words"))[:400]}
+            decode(reply["out"]), decode(reply.get("gradients"))
+            return reply
+        except Exception:  # a reply that no honest process sends
+            raise Failed("its reply is none") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# The submission's side
+
+
+def is_loopback(host) -> bool:
+    """Whether an address or a name is this machine's own."""
+    try:
+        return ipaddress.ip_address(str(host).partition("%")[0]).is_loopback
+    except ValueError:
+        return host in (None, "", "localhost", b"localhost")
+
+
+def guard(folder: str, scratch: str) -> None:
+    """Refuse from now on what no solution needs; Python has no way to take an audit hook off."""
+    readable = [Path(folder), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    refused = ("subprocess.", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork")
+    refused += ("os.kill", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link")
+    refused += ("os.symlink", "os.truncate", "os.chmod", "os.chown", "os.chflags", "os.setxattr")
+    refused += ("shutil.", "ctypes.", "resource.", "pty.", "sys.addaudithook")
+
+    def hook(event: str, args: tuple) -> None:
+        if event == "open" and not isinstance(args[0], int):
+            path = Path(os.path.realpath(os.fsdecode(args[0])))
+            mode, flags = args[1] or "", args[2] or 0
+            is_write = bool(flags & writing) or bool(set("wax+") & set(mode))
+            if is_write and not path.is_relative_to(scratch) and str(path) != os.devnull:
+                raise PermissionError(f"a submission may not write {path}")
+            inside = any(path.is_relative_to(place) for place in readable)
+            if path.is_relative_to(ROOT) and not inside:
+                raise PermissionError("a submission may not read the grader's files")
+        elif event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind"):
+            address = args[1]
+            if isinstance(address, tuple) and not is_loopback(address[0]):
+                raise PermissionError(f"a submission has no network: {address}")
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+            if not is_loopback(args[0]):
+                raise PermissionError(f"a submission has no network: {args[0]}")
+        elif event.startswith(refused):
+            raise PermissionError(f"a submission may not call {event}")
+
+    sys.addaudithook(hook)
+
+
+def limit(megabytes: int) -> None:
+    """At most so much memory more than now (where the system can tell), and no large files."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * os.sysconf("SC_PAGE_SIZE") + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def serve(there, folder: str, module: str, name: str, megabytes: int, scratch: str) -> None:
+    """In the submission's process: import it, then answer calls until the grader ends it."""
+
+    def send(reply: dict) -> None:
+        there.send_bytes(json.dumps(reply).encode())
+
+    silent = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(silent, stream)
+    os.closerange(3, there.fileno())  # what it could write into is its own connection only
+    os.closerange(there.fileno() + 1, 4096)
+    os.chdir(scratch)
+    limit(megabytes)
+    sys.dont_write_bytecode = True
+    ours = {ROOT, ROOT / "tests"}
+    sys.path[:] = [folder, *(path for path in sys.path if Path(path).resolve() not in ours)]
+    for mine in ("exprl", "judge_prompts"):
+        sys.modules.pop(mine, None)
+    guard(folder, scratch)
+
+    def missing(*_):
+        raise NameError(f"there is no function {name}")
+
+    try:
+        function = getattr(importlib.import_module(module), name, missing)
+        send({"ready": True})
+    except BaseException as error:  # SystemExit too
+        send({"words": describe(error)})
+        os._exit(1)
+    while True:
+        try:
+            request = there.recv_bytes()
+        except EOFError:
+            os._exit(0)
+        send(perform(function, request))

@@ -1,0 +1,380 @@
+r"""The assignment: what is handed out, what the grader takes off, and that it can be trusted."""
+
+import ast
+import csv
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import assignment
+import mutants
+import pytest
+import sandbox
+from conftest import ROOT, read, steps_of, train_command
+from properties import PROPERTIES, first_failure
+
+import exprl
+import judge_prompts
+
+NAMES = [function.name for function in assignment.FUNCTIONS]
+MODULES = {"exprl": exprl, "judge_prompts": judge_prompts}
+FILES = {function.name: function.file for function in assignment.FUNCTIONS}
+
+
+def run(*command, folder=ROOT, timeout=280) -> subprocess.CompletedProcess:
+    """A command with this interpreter, as a teacher or a student would type it."""
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(
+        command, cwd=folder, env=alone, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+# ---- Handing out ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def handed_out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("assignment") / "student"
+    done = run("tests/assignment.py", "make", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_folder_has_what_the_issue_names_and_no_solution(handed_out):
+    files = {str(p.relative_to(handed_out)) for p in handed_out.rglob("*") if p.is_file()}
+    assert files == {"README.md", *assignment.HANDED_OUT}
+    for name in ("exprl.py", "judge_prompts.py"):
+        ours, theirs = ((folder / name).read_text() for folder in (ROOT, handed_out))
+        ours, theirs = map(assignment.find_functions, (ours, theirs))
+        assert list(ours) == list(theirs)
+        for function, node in theirs.items():
+            if FILES.get(function) != name:
+                assert ast.dump(node) == ast.dump(ours[function])
+                continue
+            assert ast.get_docstring(node) == ast.get_docstring(ours[function])
+            assert ast.dump(node.args) == ast.dump(ours[function].args)
+            assert ast.unparse(node.body[1:]) == "raise NotImplementedError"
+    for name in set(files) - {"README.md", "exprl.py", "judge_prompts.py"}:
+        assert (handed_out / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_its_readme_names_each_function_its_place_its_points_and_a_test_that_is_there(handed_out):
+    page = (handed_out / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| `(.*):(\d+)` \| `(.*)` \|$", page, re.MULTILINE)
+    assert [(name, int(points)) for name, points, *_ in rows] == [
+        (function.name, function.points) for function in assignment.FUNCTIONS
+    ]
+    public = (ROOT / "tests" / "test_public.py").read_text()
+    for name, _, file, line, command in rows:
+        assert (
+            (handed_out / file).read_text().splitlines()[int(line) - 1].startswith(f"def {name}(")
+        )
+        assert command.endswith(f"{file} tests/test_public.py -k {name}")
+        assert f"\ndef test_{name}(" in public
+    assert "## Write (80 points)" in page and "{" + "%" not in page
+    assert len(re.findall(r"^### \d\. ", page, re.MULTILINE)) == 6
+
+
+def test_public_tests_fail_on_the_blank_and_pass_on_the_solution(handed_out, tmp_path):
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_public.py", "-rA"]
+    blank = run(*command, folder=handed_out).stdout
+    assert "NotImplementedError" in blank and not re.search(r"^PASSED", blank, re.MULTILINE)
+    for name in NAMES:
+        assert f"::test_{name}" in blank
+    solved = shutil.copytree(handed_out, tmp_path / "solved")
+    for name in ("exprl.py", "judge_prompts.py"):
+        shutil.copy(ROOT / name, solved / name)
+    command += ["--doctest-modules", "exprl.py", "judge_prompts.py"]
+    done = run(*command, folder=solved)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_only_some_functions_are_taken_out(tmp_path, tiny, judge):
+    """The others work: a run that needs none of them trains."""
+    out = tmp_path / "student"
+    assignment.main(["make", str(out), "--only", "step_advantages", "fence"])
+    blanks = re.findall(
+        r"^def (\w+)\((?:(?!^def ).)*?^    raise NotImplementedError$",
+        (out / "exprl.py").read_text() + (out / "judge_prompts.py").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert set(blanks) == {"step_advantages", "fence"}
+    page = (out / "README.md").read_text()
+    assert "## Write (12 points)" in page and "`pass_at_k`" not in page
+    command = train_command(tiny, judge, tmp_path / "run", "--method", "sparse", "--steps", "1")
+    done = run("exprl.py", *command, folder=out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [m["step"] for m in steps_of(tmp_path / "run")] == [1]
+    again = train_command(tiny, judge, tmp_path / "run-2", "--steps", "1")
+    assert "NotImplementedError" in run("exprl.py", *again, folder=out).stderr
+
+
+def test_bad_input_gets_one_line(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "work.py").write_text("mine")
+    full, empty = str(tmp_path / "full"), str(tmp_path)
+    for argv, message in (
+        (["make", full], "not empty"),
+        (["make", str(tmp_path / "full" / "work.py")], "not empty"),
+        (["make", str(tmp_path / "new"), "--only", "pass_at_kk"], "called pass_at_kk: there are"),
+        (["grade", str(tmp_path / "nowhere"), full], "no folder .*nowhere"),
+        (["grade", full, "--out", "grades.json"], r"\.csv"),
+        (["grade", full, "--out", str(tmp_path / "no" / "grades.csv")], "no such folder"),
+        (["grade", full, "--seconds", "0"], "more than 0"),
+        (["grade", empty, "--only", "update"], "called update"),
+    ):
+        with pytest.raises(SystemExit, match=message) as stopped:
+            assignment.main(argv)
+        assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "new").exists()
+
+
+# ---- Grading -------------------------------------------------------------------------------------
+ATTACKS = {  # function: (a body that is not an honest mistake, what the student reads)
+    "completion_mask": ("while True: pass", "it took more than 10 seconds"),
+    "completion_logits": ("import os; os._exit(0)", r"its process ended \(exit status 0\)"),
+    "token_logprobs": ("raise SystemExit(0)", "raised SystemExit: 0"),
+    "parse_score": ("return bytearray(8 * 2**30)", "MemoryError"),
+    "fence": ("return open(PUBLIC).read()", "may not read the grader's files"),
+    "judge_messages": (
+        "import socket; socket.create_connection(('192.0.2.1', 80), 3)",
+        "a submission has no network",
+    ),
+    "split_steps": ("open(STAINED, 'a').write('1')", "may not write"),
+    "step_advantages": (
+        "import subprocess; subprocess.Popen(['sleep', '600'])",
+        "may not call subprocess.Popen",
+    ),
+    "group_advantages": (
+        "import torch; torch.allclose = torch.equal = lambda *a, **k: True\n"
+        "    return torch.zeros_like(rewards)",
+        "But group_advantages",
+    ),
+    "policy_loss": (
+        "import os, json\n"
+        "    for fd in range(3, 64):\n"
+        "        try: os.write(fd, json.dumps({'points': 8, 'passed': True}).encode())\n"
+        "        except OSError: pass\n"
+        "    return 0",
+        "But ",
+    ),
+    "kl_to_reference": ("logp.zero_(); return logp_ref - logp", "in place"),
+    "reverse_kl": (
+        "print('passed ' * 9999); return student.sum(-1) * float('nan')",
+        "But reverse_kl",
+    ),
+    "pass_at_k": ("return 10**10**7", "But "),
+}
+
+
+@pytest.fixture(scope="module")
+def graded(handed_out, tmp_path_factory):
+    """What the grader prints, its rows, and a file that a submission tries to write."""
+    folder = tmp_path_factory.mktemp("graded")
+    for name in ("solved", "attacks", "crash", "half", "loop"):
+        shutil.copytree(handed_out, folder / name)
+    for name in ("exprl.py", "judge_prompts.py"):
+        shutil.copy(ROOT / name, folder / "solved" / name)
+        shutil.copy(ROOT / name, folder / "half" / name)
+    with (folder / "solved" / "exprl.py").open("a") as file:
+        file.write("\nprint('1 failed', flush=True)\nsys.stderr.write('error' * 99999)\n")
+    stained = folder / "stained"
+    for name in ("exprl.py", "judge_prompts.py"):
+        source = (ROOT / name).read_text()
+        nodes, lines = assignment.find_functions(source), source.splitlines(keepends=True)
+        for function in sorted(ATTACKS, key=lambda f: -nodes[f].lineno if f in nodes else 0):
+            if FILES[function] == name:
+                node, body = nodes[function], ATTACKS[function][0]
+                body = body.replace("PUBLIC", repr(str(ROOT / "exprl.py")))
+                body = body.replace("STAINED", repr(str(stained)))
+                lines[node.body[0].end_lineno : node.end_lineno] = [f"    {body}\n"]
+        (folder / "attacks" / name).write_text("".join(lines))
+    (folder / "half" / "judge_prompts.py").unlink()
+    crash = "import torch.testing, sys\nsys.modules['properties'] = sys\nraise SystemExit('bye')\n"
+    (folder / "crash" / "exprl.py").write_text(crash)
+    (folder / "loop" / "exprl.py").write_text("while True:\n    pass\n")
+    order = [folder / name for name in ("attacks", "loop", "crash", "half", "solved")]
+    command = ["tests/assignment.py", "grade", *order, "--out", folder / "grades.csv"]
+    begun = time.monotonic()
+    done = run(*command, "--seconds", "10", "--memory", "1000")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert time.monotonic() - begun < 200
+    rows = json.loads((folder / "grades.json").read_text())
+    by_folder = {path.name: [r for r in rows if r["submission"] == str(path)] for path in order}
+    return done.stdout, by_folder, folder
+
+
+def test_a_submission_can_lose_no_points_but_its_own(graded):
+    output, rows, _ = graded
+    assert [r["points"] for r in rows["solved"]] == [f.points for f in assignment.FUNCTIONS]
+    assert output.rstrip().splitlines()[-2].split() == ["total", "80/80"]
+    for name in ("attacks", "crash", "loop"):
+        assert [r["function"] for r in rows[name]] == NAMES
+    assert "stained" not in {path.name for path in graded[2].iterdir()}
+
+
+@pytest.mark.parametrize("function", NAMES)
+def test_what_is_no_solution_gets_no_points(graded, function):
+    """Nor does it matter what it does instead: the reason is in one line, in words."""
+    _, rows, _ = graded
+    [row] = [r for r in rows["attacks"] if r["function"] == function]
+    assert row["points"] == 0
+    assert re.search(ATTACKS[function][1], row["failed"]), row["failed"]
+    assert "\n" not in row["failed"] and len(row["failed"]) < 900
+
+
+def test_what_cannot_be_imported_costs_its_own_functions_only(graded):
+    _, rows, _ = graded
+    for name, words in (("crash", "cannot be imported: SystemExit: bye"), ("loop", "10 seconds")):
+        for row in rows[name]:
+            assert row["points"] == 0  # the blank judge_prompts.py too
+            if FILES[row["function"]] == "exprl.py":
+                assert words in row["failed"]
+            else:
+                assert "not written yet" in row["failed"]
+    for row in rows["half"]:  # its exprl.py needs the file that is not there
+        assert row["points"] == 0
+    assert "there is no judge_prompts.py" in rows["half"][4]["failed"]
+
+
+def test_csv_and_json_say_the_same(graded):
+    _, rows, folder = graded
+    with (folder / "grades.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    records = [row for name in ("attacks", "loop", "crash", "half", "solved") for row in rows[name]]
+    assert [{k: str(v) for k, v in row.items()} for row in records] == table
+    assert set(table[0]) == {"submission", "problem", "function", "points", "out_of", "failed"}
+
+
+def test_what_is_graded_is_kept_when_the_rest_fails(tmp_path, monkeypatch):
+    def grade_submission(folder, functions, args):
+        if folder.name == "b":
+            raise KeyboardInterrupt
+        row = {"submission": str(folder), "problem": "", "function": "x", "points": 1}
+        return [row | {"out_of": 1, "failed": "=SUM(A1)"}]
+
+    monkeypatch.setattr(assignment, "grade_submission", grade_submission)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    folders, out = [str(tmp_path / name) for name in ("a", "b")], tmp_path / "grades.csv"
+    with pytest.raises(SystemExit, match="interrupted"):
+        assignment.main(["grade", *folders, "--out", str(out)])
+    assert len(json.loads(out.with_suffix(".json").read_text())) == 1
+    assert "'=SUM" in out.read_text()  # no formula for a spreadsheet
+
+
+def test_the_sandbox_knows_loopback():
+    ours = ("127.0.0.1", "127.9.9.9", "::1", "localhost", "", None)
+    assert all(map(sandbox.is_loopback, ours))
+    assert not any(map(sandbox.is_loopback, ("10.0.0.1", "8.8.8.8", "example.com", "fe80::1%eth0")))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {},
+        {"out": {"type": []}, "args": []} | {"gradients": {"tensor": 3}},
+        {"out": {"tensor": [1], "dtype": "no", "shape": [1]}, "args": []},
+        {"out": {"tensor": [1], "dtype": "Tensor", "shape": [1]}, "args": []},
+        {"out": {"tensor": [1, 2], "dtype": "float32", "shape": [10**9]}, "args": []},
+        {"out": {"dict": [[[], 1]]}, "args": []},
+    ],
+)
+def test_a_reply_that_no_honest_process_sends_is_a_failure(reply):
+    f = object.__new__(sandbox.There)
+    f.here = SimpleNamespace(send_bytes=lambda request: None)
+    f.receive = lambda: reply
+    with pytest.raises(sandbox.Failed):
+        f.ask(b"")
+
+
+# ---- The grader is graded ------------------------------------------------------------------------
+
+
+def version(name: str, *change: str) -> sandbox.Graded:
+    """A function as it is, or with one edit (old, new), or from a source of its own."""
+    function = getattr(MODULES[FILES[name][:-3]], name)
+    source = inspect.getsource(function)
+    if len(change) == 2:
+        assert source.count(change[0]) == 1, (
+            f"{name}: {change[0]!r} is there {source.count(change[0])} times"
+        )
+        source = source.replace(*change)
+    elif change:
+        [source] = change
+    names = dict(function.__globals__)
+    exec(compile(source, f"<{name}>", "exec"), names)
+    return sandbox.Here(names[name])
+
+
+def test_each_graded_function_has_its_mutants_and_its_correct_variants():
+    assert list(mutants.MUTANTS) == list(mutants.CORRECT) == list(PROPERTIES) == NAMES
+    for name in NAMES:
+        assert len(mutants.MUTANTS[name]) >= 8 and len(mutants.CORRECT[name]) == 3
+        bodies = [mutant[-2:] for mutant in mutants.MUTANTS[name]]
+        assert len(set(bodies)) == len(bodies)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_own_function_has_every_property(name):
+    assert first_failure(version(name), PROPERTIES[name]) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        pytest.param(name, change, id=f"{name}-{what}")
+        for name in NAMES
+        for what, *change in mutants.MUTANTS[name]
+    ],
+)
+def test_a_wrong_version_lacks_a_property(name, change):
+    assert first_failure(version(name, *change), PROPERTIES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "i"), [(name, i) for name in NAMES for i in range(len(mutants.CORRECT[name]))]
+)
+def test_another_correct_version_lacks_none(name, i):
+    f = version(name, mutants.CORRECT[name][i])
+    assert first_failure(f, PROPERTIES[name]) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_property_is_needed_or_says_more(name):
+    """A function that is not written, or returns nothing, fails each property, in words."""
+    source = inspect.getsource(getattr(MODULES[FILES[name][:-3]], name))
+    head = source[: source.index('"""')] if '"""' in source else source
+    head = re.sub(r"\br$", "", head.rstrip(" ").rstrip("r"))
+    for body in ("raise NotImplementedError", "return None"):
+        for check in PROPERTIES[name]:
+            assert check.__doc__.strip().endswith(".")
+            with pytest.raises((sandbox.Failed, AttributeError, TypeError)):
+                check(version(name, f"{head.rstrip()}\n    {body}\n"))
+
+
+def test_own_code_runs_the_toy_world(handed_out, tiny, judge, tmp_path):
+    """With the functions filled in, the folder that was handed out trains against a judge."""
+    solved = shutil.copytree(handed_out, tmp_path / "solved")
+    for name in ("exprl.py", "judge_prompts.py"):
+        source, ours = (solved / name).read_text(), (ROOT / name).read_text()
+        nodes = assignment.find_functions(ours)
+        for function in sorted(NAMES, key=lambda f: nodes[f].lineno if f in nodes else 0):
+            if FILES[function] == name:
+                body = ours.splitlines(keepends=True)
+                body = body[nodes[function].body[0].end_lineno : nodes[function].end_lineno]
+                source = source.replace("    raise NotImplementedError\n", "".join(body), 1)
+        assert source == ours  # to the letter: what follows is our own code in the student's folder
+        (solved / name).write_text(source)
+    done = run("exprl.py", *train_command(tiny, judge, tmp_path / "run"), folder=solved)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(read(tmp_path / "run" / "rollouts.jsonl")) == 16
+    assert Path(tmp_path / "run" / "final").is_dir()
