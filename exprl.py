@@ -524,8 +524,8 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return torch.expm1(log_r) - log_r  # exp(x) - 1 would round to less than x
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """(B, T, V) logits of both at the student's samples -> (B, T) float32 KL(student || teacher).
-    KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)) nats, over the vocabulary. The released code's
-    a_t log p_S(y_t), a_t = log p_S(y_t) - log p_T(y_t) detached, has this mean gradient, and noise."""
+    KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)) nats, over the vocabulary. The sampled form, a_t
+    log p_S(y_t) with a_t = log p_S(y_t) - log p_T(y_t) detached, has its gradient on average."""
     def row_kl(student: Tensor, teacher: Tensor) -> Tensor:  # (T, V), (T, V) -> (T,)
         log_s, log_t = (torch.log_softmax(x.float() / temperature, -1) for x in (student, teacher))
         return (log_s.exp() * (log_s - log_t)).sum(-1)
