@@ -1,0 +1,231 @@
+"""The README: its commands are run, its line anchors and its memory table are right.
+
+The commands run as they stand there, with flags added that make them small, in a folder where a toy
+model is called Qwen2.5-0.5B and toy problems openai/gsm8k, and with the toy judge for the API's.
+"""
+
+import json
+import re
+import shlex
+import shutil
+
+import assignment
+import pytest
+import test_assignment
+import test_compare
+import test_walkthrough
+import toy_world
+from conftest import ROOT, read
+
+import exprl
+import judge_prompts
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = {
+    "train": "--steps 1 --prompts-per-step 2 --group-size 2 --max-new-tokens 60 --eval-every 0",
+    "eval": "--problems 4 --samples 2 --max-new-tokens 60",
+    "calibrate": "--problems 2 --samples 2 --max-new-tokens 60",
+}
+ELSEWHERE = {  # command: the test that runs it
+    "bash train_small.sh": test_walkthrough.test_the_readme_s_first_command,
+    "bash train_small.sh Qwen2.5-0.5B": test_walkthrough.test_the_recipe_on_a_model_of_one_s_own,
+    "bash train_small.sh compare": test_compare.test_killed_and_started_again_it_does_only_the_rest,
+    "bash tests/run.sh": None,  # this is it
+    "python tests/assignment.py grade assignment --out grades.csv": test_assignment.graded,
+}
+PROGRAMS = ("vllm ", "ollama ", "OLLAMA_", "llama-server ", "transformers ", "pip ")  # not ours
+COMMAND = re.compile(rf"(?:python|bash|export|{'|'.join(map(re.escape, PROGRAMS))})")
+
+
+def find_commands() -> list[str]:
+    """What stands in the README as a command, in order: lines of blocks, and in backquotes."""
+    found = []
+    for block, inline in re.findall(
+        r"^```\n(.*?)^```$|`([^`\n]+)`", README, re.DOTALL | re.MULTILINE
+    ):
+        lines = block.splitlines() if block else [inline]
+        found += [line.strip() for line in lines if COMMAND.match(line) and " " in line.strip()]
+    return found
+
+
+COMMANDS = find_commands()
+
+
+@pytest.fixture(scope="module")
+def place(tiny, judge, tmp_path_factory):
+    """The folder in which the README's commands run."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny / "base", place / "Qwen2.5-0.5B")
+    hub = place / "openai" / "gsm8k"
+    hub.mkdir(parents=True)
+    splits = "\n".join(f"  - split: {s}\n    path: {s}.jsonl" for s in ("train", "test"))
+    (hub / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: main\n  data_files:\n{splits}\n---\n"
+    )
+    for name, file in (("train", "train.jsonl"), ("test", "heldout.jsonl")):
+        rows = [
+            {"question": r["question"], "answer": f"{r['reference']}\n#### {r['answer']}"}
+            for r in read(tiny / file)
+        ]
+        (hub / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = read(tiny / "train.jsonl")[:6]
+    for name in ("my.jsonl", "mixed.jsonl"):
+        (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    toy = place / "runs" / "toy"
+    shutil.copytree(tiny / "base", toy / "process" / "final")
+    shutil.copy(tiny / "heldout.jsonl", toy)
+    return place
+
+
+def test_every_command_is_known():
+    assert len(COMMANDS) > 25 and {*ELSEWHERE} <= {*COMMANDS}
+    for command in COMMANDS:
+        is_run = command.startswith(("python exprl.py ", "python tests/", "export "))
+        assert is_run or command in ELSEWHERE or command.startswith(PROGRAMS), command
+    for command in re.findall(r"python exprl\.py ([^`#\n]+)", exprl.__doc__):
+        exprl.parse_flags(shlex.split(command))
+
+
+def run(command: str, judge) -> None:
+    """One command of the README, in this process, with small numbers."""
+    command = re.sub(r"http://127\.0\.0\.1:\d+/v1", judge.url, command)
+    command = command.replace('"$(cat judge.url)"', judge.url)
+    script, *argv = shlex.split(command)[1:]
+    if script == "tests/assignment.py":
+        assignment.main(argv)
+    elif script == "exprl.py" and "--help" in argv:
+        with pytest.raises(SystemExit):
+            exprl.main(argv)
+    elif script == "exprl.py":
+        name = argv[0] if argv[0] in exprl.COMMANDS else "train"
+        exprl.main(argv + shlex.split(SMALL.get(name, "")))
+    else:
+        assert command == "python tests/toy_world.py judge --url-file judge.url &"
+
+
+def test_the_commands_run_in_the_order_of_the_page(place, judge, monkeypatch, capsys):
+    """A later one reads what an earlier one wrote."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OPENAI_API_KEY", "...")
+    monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+    ran = []
+    for command in COMMANDS:
+        if command in ELSEWHERE or not command.startswith("python ") or command in ran:
+            continue
+        run(command, judge)
+        ran.append(command)
+    assert len(ran) > 20
+    made = [f"runs/Qwen2.5-0.5B-{m}" for m in ("process", "outcome", "sparse", "sft", "distill")]
+    for name in (*made, "runs/group", "runs/none", "runs/prefix", "runs/mixed"):
+        assert (place / name / "final" / "config.json").exists(), name
+        for row in read(place / name / "metrics.jsonl"):
+            assert row["step"] == 1
+    for name in ("hard.jsonl", "report.html", "curves.png", "assignment/exprl.py"):
+        assert (place / name).stat().st_size > 0, name
+    assert "verdict: " in capsys.readouterr().out
+
+
+def test_what_the_page_says_a_run_writes_is_there(train, tmp_path):
+    run = train(tmp_path / "run")
+    table = README[README.index("## What a run writes") : README.index("## When something")]
+    names = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert "checkpoint.pt" in names
+    for name in set(names) - {"eval-NNNNNN.jsonl"}:
+        assert (run / name).exists(), name
+
+
+def test_metrics_that_the_page_names_are_logged(train, tmp_path):
+    part = README[README.index("## When something") : README.index("## Teaching with it")]
+    named = {*re.findall(r"`(\w+)`", part)} - {"outcome", "sparse", "text", "answer", "judge"}
+    logged = {*read(train(tmp_path / "run") / "metrics.jsonl")[0]}
+    assert named <= logged and {"grad_norm", "seconds_judge", "cut"} <= named
+
+
+def test_line_anchors_lead_to_what_they_name():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) > 15
+    for name, file, line in links:
+        text = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert re.match(rf"(def|class) {name}\b|{name}\b.* = ", text), f"{file}:{line} is {text!r}"
+
+
+def test_links_lead_to_files_that_are_there():
+    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
+        assert (ROOT / path).exists(), path
+    titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    assert {*re.findall(r"\]\(#([^)]+)\)", README)} <= anchors
+
+
+def test_numbers_of_the_assignment_are_those_of_its_code():
+    wrong = sum(map(len, test_assignment.mutants.MUTANTS.values()))
+    right = sum(map(len, test_assignment.mutants.CORRECT.values()))
+    n, points = len(assignment.FUNCTIONS), sum(f.points for f in assignment.FUNCTIONS)
+    text = " ".join(README.split())
+    for words in (
+        f"with the bodies of {n} functions taken out",
+        f"six problems, {points} points by the grader",
+        f"{wrong} wrong but plausible versions of the {n} functions",
+        f"{right} other correct ones",
+    ):
+        assert words in text, words
+    assert len(assignment.PROBLEMS) == 6
+
+
+def test_the_toy_judge_that_lies_lies_as_often_as_its_name_says():
+    row = toy_world.make_row(29, ["*3", "+7", "+7", "*3", "*3", "+7"])
+    right, asked = toy_world.write_trace(row["question"], toy_world.apply), 400
+    steps = re.split(r"^(?=### )", right, flags=re.MULTILINE)[1:]
+    lies = {"together": 0, "outcome": 0}
+    for i in range(asked):
+        record = row | {"domain": "math", "question": row["question"]}
+        for kind, texts in (("together", steps), ("outcome", [right])):
+            fenced = judge_prompts.fence(texts)
+            messages = judge_prompts.judge_messages(kind, record, f"- a\n- {i}", fenced)
+            honest, *others = (
+                toy_world.answer({"messages": messages, "model": f"toy-judge{name}"})
+                for name in ("", "-lies-0", "-lies-20", "-lies-20", "-lies-100")
+            )
+            assert honest == others[0] and others[1] == others[2]  # asked again, it says the same
+            scores = [re.findall(r": ([1-5])$", text, re.MULTILINE) for text in (honest, *others)]
+            assert set(scores[0]) == {"5"} and set(scores[-1]) == {"1"}
+            lies[kind] += scores[2].count("1") / len(scores[2])
+    for share in lies.values():
+        assert share / asked == pytest.approx(0.2, abs=0.06)
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+MODELS = {  # parameters, layers, width, MLP width, key-value heads x their width, vocabulary
+    "SmolLM2-135M": (134.5e6, 30, 576, 1536, 192, 49152),
+    "Qwen2.5-0.5B": (494e6, 24, 896, 4864, 128, 151936),
+    "Qwen2.5-1.5B": (1.54e9, 28, 1536, 8960, 256, 151936),
+    "Qwen2.5-3B": (3.09e9, 36, 2048, 11008, 256, 151936),
+}
+
+
+def memory(N, L, h, f, k, V, B, T, P=200, S=64, checkpointing=False) -> float:
+    """The README's formula, in GB: the larger of training and sampling."""
+    activations = L * B * (P + T) * (4 * h if checkpointing else 34 * h + 8 * f + 2 * (P + T))
+    copies = 2 * V * h if checkpointing else 2 * N
+    logits = T * V * (2 * (2 * B - 1) + 12)
+    training = 20 * N + max(4 * N, copies + activations + logits)
+    sampling = 18 * N + S * (8 * L * k * (P + T) + 16 * V)
+    return max(training, sampling) / 1e9
+
+
+def memory_table() -> str:
+    """The README's rows."""
+    rows = []
+    for name, shape in MODELS.items():
+        cells = [
+            " / ".join(f"{memory(*shape, B, T, checkpointing=c):.1f}" for B, c in settings)
+            for T in (512, 1024, 2048)
+            for settings in [((4, False), (4, True), (1, True))]
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def test_the_memory_table_is_what_the_formula_gives():
+    assert memory_table() in README
