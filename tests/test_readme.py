@@ -116,7 +116,9 @@ def test_the_commands_run_in_the_order_of_the_page(place, judge, monkeypatch, ca
         run(command, judge)
         ran.append(command)
     assert len(ran) > 20
-    made = [f"runs/Qwen2.5-0.5B-{m}" for m in ("process", "outcome", "sparse", "sft", "distill")]
+    made = [
+        f"runs/Qwen2.5-0.5B-{m}" for m in ("process", "outcome", "process-sparse", "sft", "distill")
+    ]
     for name in (*made, "runs/group", "runs/none", "runs/prefix", "runs/mixed"):
         assert (place / name / "final" / "config.json").exists(), name
         for row in read(place / name / "metrics.jsonl"):
@@ -137,7 +139,14 @@ def test_what_the_page_says_a_run_writes_is_there(train, tmp_path):
 
 def test_metrics_that_the_page_names_are_logged(train, tmp_path):
     part = README[README.index("## When something") : README.index("## Teaching with it")]
-    named = {*re.findall(r"`(\w+)`", part)} - {"outcome", "sparse", "text", "answer", "judge"}
+    named = {*re.findall(r"`(\w+)`", part)} - {
+        "outcome",
+        "sparse",
+        "calibrate",
+        "text",
+        "answer",
+        "judge",
+    }
     logged = {*read(train(tmp_path / "run") / "metrics.jsonl")[0]}
     assert named <= logged and {"grad_norm", "seconds_judge", "cut"} <= named
 
