@@ -58,12 +58,12 @@ from transformers.utils import logging
 import judge_prompts
 from judge_prompts import ATTACK, fence, judge_messages
 
-# ---- Settings that are no flags; those are at the end --------------------------------------------
+# ---- Settings without a flag; the flags are at the end -------------------------------------------
 MAX_STEPS = 16  # what follows the 15th step of a completion is one step
 JUDGE_OPTIONS = [  # tried in this order until the server refuses none of a set, then remembered
-    {"temperature": 0.0, "max_tokens": 2048}, {"temperature": 0.0, "max_completion_tokens": 2048},
-    {"max_tokens": 2048}, {"max_completion_tokens": 2048}]  # some ignore the latter: it is second
-JUDGE_TIMEOUT, JUDGE_RETRIES, JUDGE_ASKS = 120.0, 4, 3  # seconds; lost requests; until it scores
+    heat | {limit: 2048} for heat in ({"temperature": 0.0}, {})
+    for limit in ("max_tokens", "max_completion_tokens")]  # some servers ignore the latter
+JUDGE_TIMEOUT, JUDGE_RETRIES, JUDGE_ASKS = 120.0, 4, 3  # s; of a lost request; until it scores
 COLUMNS = {"question": ("question", "problem", "prompt"), "reference": ("reference", "solution"),
            "answer": ("answer",), "domain": ("domain",)}
 JUDGED, OTHERS = ("process", "outcome"), ("sparse", "sft", "distill")  # methods, by their rewards
@@ -74,7 +74,7 @@ OWNERS = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama": "meta-llama", "gem
 def stop(message: str) -> None:
     """End the program with one line that says what is wrong and what to do (exit status 1)."""
     raise SystemExit(f"exprl: {' '.join(message.split())[:500]}")
-def groups(items: list, size: int) -> list[list]:
+def chunks(items: list, size: int) -> list[list]:
     """Consecutive parts of `size` items; the last may be shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 def read_log(path: Path, strict: bool = False) -> list:
@@ -138,7 +138,7 @@ def load_rows(source: str, split: str, n=0, needed=("question", "answer"), domai
     order = np.random.default_rng(0).permutation(len(rows))[:n] if n else range(len(rows))
     return [rows[i] for i in order] or stop(f"--data {source} holds no problems")
 def show_reference(rows: list[dict], which: str, seed: int) -> list[dict]:
-    """Rows with the right reference, none, or the wrong one of a row some fixed places before."""
+    """Rows with the right reference, none, or a wrong one, of the row a fixed distance before."""
     if which == "wrong" and len(rows) < 2:
         stop("a wrong reference is another problem's: give two problems or more")
     shift = np.random.default_rng(seed).integers(1, len(rows)) if which == "wrong" else 0
@@ -152,7 +152,7 @@ def is_correct(completion: str, answer: str) -> bool:
 
 # ---- Policy: loading, prompts, sampling ----------------------------------------------------------
 def find_model(name: str) -> tuple:
-    """(folder or hub id, tokenizer); a short name gets its owner. Stops if there is none such."""
+    """(folder or hub id, tokenizer); a short name gets its owner. Stops if there is no model."""
     known = [owner for family, owner in OWNERS.items() if name.lower().startswith(family)]
     source = f"{known[0]}/{name}" if known and "/" not in name and not Path(name).is_dir() else name
     try:
@@ -243,7 +243,7 @@ class Completion:
     cut: bool  # ended by the length cap
     steps: list[tuple[int, int]]  # token spans
     step_texts: list[str]
-    judge: list[str] = field(default_factory=list)  # the judge's words, one for each call
+    judge_words: list[str] = field(default_factory=list)  # a reply for each call
     rubric: str = ""  # the checkpoints it was judged by
     scores: list[int] | None = None  # 1..5 for each step, or one in all; None: the judge failed
     rewards: list[float] | None = None  # 0..1, as the scores
@@ -259,9 +259,9 @@ def read_completion(row: dict, ids: list[int], tokenizer, eos_ids: list[int]) ->
 def sample_groups(model, tokenizer, rows: list, n: int, batch: int) -> Iterator[list[Completion]]:
     """n completions of each row, a group a row, `batch` completions at a time."""
     eos_ids, pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    for some in groups(rows, max(1, batch // n)):
+    for some in chunks(rows, max(1, batch // n)):
         completions = []
-        for part in groups([row for row in some for _ in range(n)], batch):
+        for part in chunks([row for row in some for _ in range(n)], batch):
             prompts = [row["prompt_ids"] for row in part]
             attention_mask = pad_left([[1] * len(prompt) for prompt in prompts], model.device)
             ids = pad_left(prompts, model.device, pad_id)
@@ -269,7 +269,7 @@ def sample_groups(model, tokenizer, rows: list, n: int, batch: int) -> Iterator[
             masks = completion_mask(tokens, set(eos_ids))
             completions += [read_completion(row, ids[mask].tolist(), tokenizer, eos_ids)
                             for row, ids, mask in zip(part, tokens, masks, strict=True)]
-        yield from groups(completions, n)
+        yield from chunks(completions, n)
 def read_references(rows: list[dict], tokenizer, settings: GenerationConfig) -> list[list]:
     """What SFT has in place of samples: reference + eos, cut where a sample would be."""
     ends, eos, sampled = settings.eos_token_id, tokenizer.eos_token_id, []
@@ -282,9 +282,9 @@ def read_references(rows: list[dict], tokenizer, settings: GenerationConfig) -> 
 # ---- Steps ---------------------------------------------------------------------------------------
 def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     r"""T decoded tokens of a completion -> its steps, (start, end) token spans that cover all T.
-    A step starts at a line that begins with ###; a completion without any is split at blank lines.
-    Crumbs (bare delimiters, white space) go to a neighbour, a token across a border goes to the
-    later step, and what follows 15 steps is one step.
+    A step starts at the beginning and at each line that begins with ### (not indented); without any
+    such line, after each blank line. Crumbs (bare delimiters, white space) go to a neighbour, a
+    token across a border to the later step; what follows 15 steps is one step. No tokens: [].
     >>> split_steps(["### ", "a", "=", "2", "\n", "### ", "b", "=", "3"])
     [(0, 5), (5, 9)]
     """
@@ -301,8 +301,9 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
 # ---- Judge: question, hidden reference and completion -> scores 1..5 -----------------------------
 def parse_score(reply: str, label: str = "Score") -> int | None:
     r"""The score 1..5 in a judge's reply: the last line that is a score and nothing else, or None.
-    Fails closed: a quotation inside a sentence, 0, 6, 10, 4.5 and 4/5 are no scores. Stars and
-    brackets may stand around it, in any case. `label` is "Step 3" where each step has a line.
+    Fails closed: a quotation, 0, 6, 10, 4.5 and 4/5 are no scores. Blanks, stars and brackets
+    ([{}]) may stand around label and number, quotation marks and > may not; capitals or not is all
+    the same. `label` is "Step 3" where each step has a line.
     >>> parse_score("It claims 'Score: 5'.\n**Score: [2]**"), parse_score("Score: 4/5")
     (2, None)
     """
@@ -314,10 +315,9 @@ def parse_rubric(reply: str) -> str | None:
     """The 2-6 checkpoints of a reply, each as a line `- ...`; None if there are fewer or more."""
     points = re.findall(r"^\s*(?:[-*•]|\d+[.)])\s+(\S.*)$", reply, re.MULTILINE)
     return "\n".join(f"- {point.strip()}" for point in points) if 2 <= len(points) <= 6 else None
-
 class Judge:
     """A judge behind an OpenAI-compatible API, asked from threads; every verdict is kept on disk.
-    A verdict that fails is None, never a low score. Stops unless the server takes the key."""
+    A verdict that fails is None, never a low score. Stops if no server answers or takes the key."""
     def __init__(self, args: argparse.Namespace, folder: Path):
         key, url = os.environ.get("OPENAI_API_KEY", "").strip(), args.judge_url
         url = url or os.environ.get("OPENAI_BASE_URL") or (key and "https://api.openai.com/v1")
@@ -326,7 +326,7 @@ class Judge:
         if re.search(r"[^!-~]", key):
             stop("OPENAI_API_KEY holds a character that no key has")
         self.args, self.name = args, f"the judge {args.judge_model} at {url}"
-        self.options, self.last_error, self.repeat = JUDGE_OPTIONS, "", ""  # repeat: no old cache
+        self.options, self.last_error, self.repeat = JUDGE_OPTIONS, "", ""  # repeat: ask anew
         self.paid = dict.fromkeys(("judge_calls", "prompt_tokens", "completion_tokens"), 0)
         self.lock, self.pool = threading.Lock(), ThreadPoolExecutor(args.judge_threads)
         folder.mkdir(parents=True, exist_ok=True)
@@ -343,7 +343,7 @@ class Judge:
         except Exception as error:  # no connection, no URL, ...
             stop(f"{self.name} cannot be reached: {error.__cause__ or error}")
     def announce(self, calls: int, kind: str, row: dict) -> None:
-        """Say how much it will be asked, at most and as if nothing were cached."""
+        """Say how much it will be asked, as if nothing were cached."""
         tokens = calls * (len(str(judge_messages(kind, row))) / 4 + self.args.max_new_tokens + 400)
         print(f"{self.name}: up to {calls:,} calls (more if replies lack a score), roughly "
               f"{tokens / 1e6:.1f}M tokens; verdicts are kept in {self.cache_path}")
@@ -438,13 +438,12 @@ def group_advantages(rewards: Tensor, valid: Tensor, group_size: int, divide=Tru
         if len(r) > 1 and r.max() > r.min():
             advantages[members] = (r - r.mean()) / (r.std() + 1e-6 if divide else 1)
     return advantages
-
 def step_advantages(step_rewards: list[list[float]], norm: str) -> list[list[float]]:
     """One group's step rewards s_1..s_T, a list per completion -> advantages of the same shape.
     delta: A_t = s_t - s_(t-1), A_1 = s_1 - s_T   what a step added; sums to 0, one step gets 0
     end:   A_t = s_t - s_T for t < T, A_T = s_T
     group: A_t = s_t - mean over the group's completions of (mean over the completion's steps)
-    No standard deviation. Judged completions only. ValueError for another norm. ExpRL-Process.
+    No standard deviation. Judged completions only; none gives []. ValueError for another norm.
     >>> [step_advantages([[0.25, 1.0], [0.5]], norm) for norm in ("delta", "end", "group")]
     [[[-0.75, 0.75], [0.0]], [[-0.75, 1.0], [0.5]], [[-0.3125, 0.4375], [-0.0625]]]
     """
@@ -456,7 +455,6 @@ def step_advantages(step_rewards: list[list[float]], norm: str) -> list[list[flo
         means = [sum(s) / len(s) for s in step_rewards if s]
         return [[r - sum(means) / len(means) for r in s] for s in step_rewards]
     raise ValueError(f"norm {norm!r} is not delta, end or group")
-
 def fill_advantages(completions: list[Completion], args: argparse.Namespace) -> None:
     """Give each step its advantage; where the judgement failed it gets none, and is in no loss."""
     for c in completions:
@@ -466,7 +464,7 @@ def fill_advantages(completions: list[Completion], args: argparse.Namespace) -> 
             c.rewards = [math.nan if c.correct is None else float(c.correct)]
             c.advantages = [1.0] * len(c.steps)  # sft and distill: all tokens alike
     if args.method == "process":
-        for group in groups(completions, args.group_size):
+        for group in chunks(completions, args.group_size):
             valid = [c for c in group if c.rewards is not None]
             by_step = step_advantages([c.rewards for c in valid], args.process_norm)
             for c, advantages in zip(valid, by_step, strict=True):
@@ -481,27 +479,28 @@ def fill_advantages(completions: list[Completion], args: argparse.Namespace) -> 
 # ---- Loss ----------------------------------------------------------------------------------------
 def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
     """(B, P + T) ids and mask, n = T -> (B, T, V) logits that predict the completion's tokens,
-    those at t - 1 for token t. Mask 0 is padding, on the left; it takes no position."""
+    those at t - 1 for token t. Mask 0 is padding, on the left. Positions count from 0 at the first
+    token that is none; the model, model(input_ids=...).logits of (B, P + T, V), has to be told."""
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
                  use_cache=False, logits_to_keep=n + 1).logits[:, -n - 1 : -1]
 def row_by_row(function: Callable, *tensors: Tensor) -> Tensor:
-    """function of each row of (B, T, ...) -> (B, T); its float32 (T, V) are there for one row at a
-    time, and made again in the backward pass."""
+    """function of each row of (B, T, ...) -> (B, T); the float32 copy of the logits exists for one
+    row at a time, and is computed again in the backward pass."""
     rows = zip(*tensors, strict=True)
     return torch.stack([checkpoint(function, *row, use_reentrant=False) for row in rows])
 def token_logprobs(model, input_ids: Tensor, attention_mask: Tensor, n_completion: int,
                    temperature: float) -> Tensor:
-    """log pi(y_t | x, y_<t) = log_softmax(logits / temperature)[y_t] -> (B, T) float32.
+    """log pi(y_t | x, y_<t) = log_softmax(logits / temperature)[y_t] -> (B, T), all in float32.
     input_ids, attention_mask (0: padding) are (B, P + T), n_completion is T."""
     def pick(logits: Tensor, tokens: Tensor) -> Tensor:  # (T, V), (T,) -> (T,)
         return torch.log_softmax(logits.float() / temperature, -1).gather(1, tokens[:, None])[:, 0]
     logits = completion_logits(model, input_ids, attention_mask, n_completion)
     return row_by_row(pick, logits, input_ids[:, -n_completion:])
-
 def policy_loss(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor, clip_low: float,
                 clip_high: float, denominator: float) -> Tensor:
-    """PPO's clipped loss: logp, logp_old, advantages, mask (B, T; outside it anything) -> scalar.
+    """PPO's clipped loss: logp, logp_old, advantages, bool mask, all (B, T) -> scalar. Outside the
+    mask they may be NaN or infinite: neither the loss nor its gradient sees that.
     L = - sum over the mask of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / denominator,
     rho = exp(logp - logp_old). The denominator is the number of tokens of the whole optimizer step,
     not of a micro-batch. At rho = 1 the value is minus the mean advantage, often 0, yet it trains.
@@ -523,9 +522,12 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     log_r = logp_ref - logp
     return torch.expm1(log_r) - log_r  # exp(x) - 1 would round to less than x
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """(B, T, V) logits of both at the student's samples -> (B, T) float32 KL(student || teacher).
-    KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)) nats, over the vocabulary. The sampled form, a_t
-    log p_S(y_t) with a_t = log p_S(y_t) - log p_T(y_t) detached, has its gradient on average."""
+    """(B, T, V) logits of both at the student's samples -> (B, T) KL(student || teacher), nats, all
+    in float32: KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)), p = softmax(logits / temperature).
+    Its gradient is the mean of a_t grad log p_S(y_t), a_t = log p_S(y_t) - log p_T(y_t), y_t ~ p_S.
+    >>> reverse_kl(torch.tensor([[[0.0, 1.0]]]), torch.zeros(1, 1, 2), 1.0)
+    tensor([[0.1109]])
+    """
     def row_kl(student: Tensor, teacher: Tensor) -> Tensor:  # (T, V), (T, V) -> (T,)
         log_s, log_t = (torch.log_softmax(x.float() / temperature, -1) for x in (student, teacher))
         return (log_s.exp() * (log_s - log_t)).sum(-1)
@@ -574,7 +576,7 @@ def update(model, initial, optimizer, completions: list[Completion], args) -> di
     """The optimizer steps on one batch; returns means over its tokens at the last of them."""
     trained = [c for c in completions if c.rewards is not None]
     trained.sort(key=lambda c: len(c.row["prompt_ids"]) + len(c.ids))  # little padding
-    batches = [collate(part, model) for part in groups(trained, args.micro_batch)]
+    batches = [collate(part, model) for part in chunks(trained, args.micro_batch)]
     n_tokens = sum(len(c.ids) for c in trained)
     model.train()  # no dropout is left in it; gradient checkpointing works only in this mode
     for _ in range(args.updates_per_batch):
@@ -591,13 +593,12 @@ def update(model, initial, optimizer, completions: list[Completion], args) -> di
 def measure(completions: list[Completion], group_size: int) -> dict[str, float]:
     """What a batch says. Watch `accuracy` beside `reward`: a widening gap is reward hacking."""
     rewards = [np.mean(c.rewards) for c in completions if c.rewards is not None]
-    silent = [not any(any(c.advantages) for c in g) for g in groups(completions, group_size)]
+    silent = [not any(any(c.advantages) for c in g) for g in chunks(completions, group_size)]
     lists = {"reward": rewards, "no_signal": silent, "cut": [c.cut for c in completions],
              "accuracy": [c.correct for c in completions if c.correct is not None] or [np.nan],
              "judge_failed": [c.rewards is None for c in completions],
              "length": [len(c.ids) for c in completions]}
-    means = {name: float(np.mean(values)) for name, values in lists.items()}
-    return means | {"reward_std": float(np.std(rewards))}
+    return {k: float(np.mean(v)) for k, v in lists.items()} | {"reward_std": float(np.std(rewards))}
 def open_run(args: argparse.Namespace) -> dict:
     """The checkpoint of the run in --out, or step 0. Stops without --resume or at new settings."""
     out, state = Path(args.out), {"step": 0}
@@ -615,7 +616,6 @@ def open_run(args: argparse.Namespace) -> dict:
         path.touch()
         write_log(path, [r for r in read_log(path) if r["step"] <= state["step"] > 0], "w")
     return state
-
 def train(args: argparse.Namespace) -> None:
     """Train a model by one of the methods: sample, judge, advantage, update."""
     needed = ("question", "answer" if args.method == "sparse" else "reference")
@@ -681,7 +681,7 @@ def train(args: argparse.Namespace) -> None:
                 verdicts += judge.submit(group, kind) if judge else []  # while others are sampled
             clock.append(time.monotonic())
             for c, verdict in zip(completions, verdicts, strict=bool(judge)):
-                c.scores, c.judge, c.rubric = verdict.result()
+                c.scores, c.judge_words, c.rubric = verdict.result()
             clock.append(time.monotonic())
             fill_advantages(completions, args)
             if sum(c.rewards is None for c in completions) > len(completions) / 2:
@@ -810,7 +810,7 @@ def calibrate(args: argparse.Namespace) -> None:
     try:
         for shown in (*names, "right again"):
             (which, _, judge.repeat), verdicts = shown.partition(" "), []
-            parts = groups(attempts, len(attempts) // len(rows))
+            parts = chunks(attempts, len(attempts) // len(rows))
             for row, part in zip(show_reference(rows, which, args.seed), parts, strict=True):
                 group = [Completion(row, [], text, None, False, [], []) for _, text, _ in part]
                 verdicts += judge.submit(group, "outcome")
@@ -922,7 +922,7 @@ FLAGS = [  # commands, flag, default (None: required), smallest value or choices
     ("train", "--judge-input", "together", ("together", "prefix", "alone"), "steps in a call"),
     ("train calibrate", "--rubric", "checkpoints", ("checkpoints", "none"), "of the reference"),
     ("train", "--reference", "right", ("right", "none", "wrong"), "what the judge is shown"),
-    ("train eval calibrate", "--domain", "math", tuple(judge_prompts.SYSTEM), "if rows lack it"),
+    ("train eval calibrate", "--domain", "math", tuple(judge_prompts.SYSTEM), "if a row has none"),
     ("train", "--process-norm", "delta", ("delta", "end", "group"), "baseline of a step's reward"),
     ("train calibrate", "--judge-threads", 16, 1, "judge calls at a time"),
     ("train calibrate", "--max-judge-calls", 0, 0, "stop after so many paid calls; 0: no limit"),
@@ -958,7 +958,6 @@ COMMANDS = {"train": train, "eval": evaluate_models, "calibrate": calibrate,
             "plot": report, "report": report}
 MAY_CHANGE = ("resume", "steps", "out", "judge_url", "judge_threads", "max_judge_calls", "eval",
               "micro_batch", "gradient_checkpointing", "save_every")  # on --resume
-
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     """The flags of a command, from the table above; wrong ones end the program (status 2)."""
     parser = argparse.ArgumentParser(
@@ -967,7 +966,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     subs = {name: subparsers.add_parser(name, help=run.__doc__, description=run.__doc__,
                                         allow_abbrev=False) for name, run in COMMANDS.items()}
     for names, flag, default, limit, meaning in FLAGS:
-        given = {"help": f"{meaning} (default: {default})" if default else meaning}
+        told = default or type(default) in (int, float)
+        given = {"help": f"{meaning} (default: {default})" if told else meaning}
         given |= {"default": default, "required": default is None} if flag[0] == "-" else {}
         if default is False:
             given["action"] = "store_true"
@@ -993,7 +993,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         stop("interrupted; a training run goes on from its last checkpoint with --resume")
     except torch.OutOfMemoryError:
-        stop("out of memory: lower --sample-batch; in training, --micro-batch too")
+        stop("out of memory: --micro-batch 1, --gradient-checkpointing, a smaller --sample-batch")
     except (OSError, UnicodeError) as error:
         stop(str(error))
 if __name__ == "__main__":

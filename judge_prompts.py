@@ -225,9 +225,9 @@ USER = (
 """,
 )
 
-NO_SCORE = r"""Your reply does not end as asked for. Answer again, and end with the line
-or lines in exactly that form: each score is a whole number from 1 to 5, with nothing after it
-on its line."""
+NO_SCORE = r"""Your reply does not have the form that was asked for. Answer again, in exactly
+that form: a score is a whole number from 1 to 5, with nothing after it on its line; checkpoints
+are 2 to 6 lines that begin with a dash."""
 
 
 def fence(texts: list[str]) -> str:
@@ -308,7 +308,7 @@ score {{ r.scores[loop.index0] }}, {% endif -%}
 {{ "advantage %+.2f" | format(a) if r.advantages else "no advantage" }}</b>{{ text }}</pre>
 {% endfor %}</div>
 <div>{% for name, text in (("reference", r.reference),
-("checkpoints", r.rubric), ("the judge", r.judge | join("\n\n"))) if text %}
+("checkpoints", r.rubric), ("the judge", r.judge_words | join("\n\n"))) if text %}
 <pre><b>{{ name }}</b>{{ text }}</pre>
 {% endfor %}</div>
 </div>

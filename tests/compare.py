@@ -212,7 +212,7 @@ def collect(args: argparse.Namespace) -> dict[str, dict]:
     """{row: {"style", 1 and 2 (the stages): {measure: (seeds, problems)}, "costs": two texts}}."""
     worlds, rows = [args.runs / "compare" / f"seed-{seed}" for seed in args.seeds], {}
     systems = {"base model": ("k--", {1: "base"})}
-    systems["sparse reward, the summed steps"] = ("C0--", {2: "sparse-only"})
+    systems["sparse reward (GRPO), in one run"] = ("C0--", {2: "sparse-only"})
     for name in args.systems:
         style = f"C{list(SYSTEMS).index(name)}-"
         systems[SYSTEMS[name][0]] = (style, {1: name, 2: f"{name}-then-sparse"})
@@ -317,30 +317,28 @@ CPU cores: {wall:.1f} minutes in {len(starts)} start(s) of the command, the jobs
 
 def draw(found: dict[str, dict], path: Path) -> None:
     """pass@1 of each row after both stages, and pass@k after stage 2."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(10, 9), layout="constrained")
     for y, (label, row) in enumerate(found.items()):
         color = row["style"].rstrip("-")
         for stage, height, face in ((1, y - 0.17, "white"), (2, y + 0.17, color)):
             if stage in row:
                 mean, low, high = interval(row[stage]["pass@1"])
-                left.plot([low, high], [height] * 2, color=color)
+                top.plot([low, high], [height] * 2, color=color)
                 seeds = 100 * row[stage]["pass@1"].mean(axis=1)
-                left.plot(seeds, [height] * len(seeds), "|", color=color, markersize=9)
-                left.plot(mean, height, "o", color=color, markerfacecolor=face, markersize=7)
+                top.plot(seeds, [height] * len(seeds), "|", color=color, markersize=9)
+                top.plot(mean, height, "o", color=color, markerfacecolor=face, markersize=7)
         means = [100 * row.get(2, row.get(1))[f"pass@{k}"].mean() for k in KS]
-        right.plot(KS, means, row["style"], marker="o", markersize=4, label=label)
-    left.set_yticks(range(len(found)), list(found))
-    left.invert_yaxis()
-    left.set_title(
-        "after stage 1 (hollow) and stage 2 (filled)\nlines: 95% intervals, ticks: seeds"
-    )
-    left.set_xlabel("pass@1 on held-out problems, %")
-    right.set_xscale("log", base=2)
-    right.set_xticks(KS, list(map(str, KS)))
-    right.set_title("after stage 2 (base model: as it is)")
-    right.set(xlabel="k", ylabel="pass@k on held-out problems, %", ylim=(0, None))
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    for axis in (left, right):
+        bottom.plot(KS, means, row["style"], marker="o", markersize=4, label=label)
+    top.set_yticks(range(len(found)), list(found))
+    top.invert_yaxis()
+    top.set_title("after stage 1 (hollow) and stage 2 (filled); lines: 95% intervals, ticks: seeds")
+    top.set_xlabel("pass@1 on held-out problems, %")
+    bottom.set_xscale("log", base=2)
+    bottom.set_xticks(KS, list(map(str, KS)))
+    bottom.set_title("after stage 2 (base model: as it is)")
+    bottom.set(xlabel="k", ylabel="pass@k on held-out problems, %", ylim=(0, None))
+    figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    for axis in (top, bottom):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -572,7 +572,8 @@ def plain_step_advantages(step_rewards: list[list[float]], norm: str) -> list[li
 
 @of("step_advantages")
 def _(f):
-    """delta: a step earns what it adds to the step before it; the first step, to the last one."""
+    """delta: a step gets its reward minus that of the step before it; the first step, minus that of
+    the last one."""
     f.gives([[-0.5, 0.5]], [[0.5, 1.0]], "delta")
     f.gives([[-0.75, 0.25, 0.5], [1.0, -0.5, -0.5]], [[0.25, 0.5, 1.0], [1.0, 0.5, 0.0]], "delta")
 
@@ -727,7 +728,7 @@ def check_token(f, rho: float, advantage: float, objective: float, slope: float)
     old = torch.tensor([[-1.5]])
     logp = (old + math.log(rho)).requires_grad_()
     args = (logp, old, torch.tensor([[advantage]]), tensor([True]), 0.2, 0.28, 4)
-    case = f"at ratio {rho} and A = {advantage:g}"
+    case = f"at ratio {rho}, A = {advantage:g}, clip_low 0.2, clip_high 0.28, denominator 4"
     value = f.tensor((), *args).item()
     require(
         abs(value + objective / 4) < 1e-5, f"{case} it is {value:.4f}, not {-objective / 4:.4f}"
@@ -739,7 +740,7 @@ def check_token(f, rho: float, advantage: float, objective: float, slope: float)
 
 @of("policy_loss")
 def _(f):
-    """At ratio 1 it is the policy gradient: minus A in value and in slope."""
+    """At ratio 1 it is the policy gradient: value and slope are minus A / denominator."""
     check_token(f, 1.0, 2.0, 2.0, 2.0)
     check_token(f, 1.0, -2.0, -2.0, -2.0)
     check_token(f, 1.5, 0.0, 0.0, 0.0)
@@ -932,7 +933,7 @@ def _(f):
 
 @of("pass_at_k")
 def _(f):
-    """It neither overflows nor rounds away with many samples, and takes no time."""
+    """It neither overflows nor rounds away with many samples, and is fast with 10,000."""
     f.gives(1e-4, 10_000, 1, 1, tolerance=1e-9)
     f.gives(0.5, 10_000, 1, 5_000, tolerance=1e-9)
     all_wrong = math.prod((2000 - 30 - i) / (2000 - i) for i in range(100))

@@ -33,6 +33,7 @@ HEAVY = ["torch", "transformers", "datasets", "openai", "math_verify", "matplotl
 HEAVY += ["pandas", "jinja2", "tqdm", "regex", "transformers.models.llama.modeling_llama"]
 HEAVY += ["transformers.models.gpt2.modeling_gpt2", "torch.utils.checkpoint"]
 LARGEST = 2**25  # bytes of one reply
+UNREADABLE = "what it returns is too large, or neither numbers, texts, lists nor tensors"
 
 # --------------------------------------------------------------------------------------------------
 # Values on their way: arguments are pickled (the grader is trusted), replies are JSON (nobody is)
@@ -127,7 +128,7 @@ def shown(value, size: int = 160) -> str:
         if isinstance(x, (list, tuple)):
             return [plain(item) for item in x]
         if isinstance(x, torch.nn.Module):
-            return f"a {type(x).__name__}"
+            return "a bigram model" if isinstance(x, Bigram) else f"a {type(x).__name__}"
         return round(x, 4) if isinstance(x, float) else x
 
     text = repr(plain(value))
@@ -295,7 +296,7 @@ class There(Graded):
             if self.process.exitcode is not None:
                 ended = f"its process ended (exit status {self.process.exitcode})"
                 raise Failed(ended) from None
-        raise Failed("its reply is none")
+        raise Failed(UNREADABLE)
 
     def load(self) -> None:
         """Wait until the submission is imported; Failed if that fails."""
@@ -314,7 +315,7 @@ class There(Graded):
             decode(reply["out"]), decode(reply.get("gradients"))
             return reply
         except Exception:  # a reply that no honest process sends
-            raise Failed("its reply is none") from None
+            raise Failed(UNREADABLE) from None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from conftest import ROOT, read, surroundings
 
 ROWS = {  # row of the table: the runs of stage 1 and of stage 2
     "base model": ("base", None),
-    "sparse reward, the summed steps": (None, "sparse-only"),
+    "sparse reward (GRPO), in one run": (None, "sparse-only"),
     "SFT on references": ("sft", "sft-then-sparse"),
     "ExpRL-Process, delta": ("process-delta", "process-delta-then-sparse"),
 }

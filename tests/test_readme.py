@@ -145,7 +145,7 @@ def test_metrics_that_the_page_names_are_logged(train, tmp_path):
         "calibrate",
         "text",
         "answer",
-        "judge",
+        "judge_words",
     }
     logged = {*read(train(tmp_path / "run") / "metrics.jsonl")[0]}
     assert named <= logged and {"grad_norm", "seconds_judge", "cut"} <= named

@@ -23,7 +23,7 @@ HOSTILE = (
     '<img src="x" onerror="document.title = 1"> {{ 7 * 7 }} {% raw %} {# #} <!-- & &lt; "two" '
     "'one' " + "w" * 300
 )
-FIELDS = ("question", "step", "judge", "rubric", "reference")
+FIELDS = ("question", "step", "judge_words", "rubric", "reference")
 
 
 class Page(HTMLParser):
@@ -73,7 +73,8 @@ def runs(tiny, judge, tmp_path_factory):
     texts = {field: f"{field}: {HOSTILE}" for field in FIELDS}
     evil = rollouts[0] | {
         "question": texts["question"], "step_texts": [texts["step"], "up", "down"],
-        "judge": [texts["judge"]], "rubric": texts["rubric"], "reference": texts["reference"],
+        "judge_words": [texts["judge_words"]], "rubric": texts["rubric"],
+        "reference": texts["reference"],
     }  # fmt: skip
     first = {"step": 1, "rewards": [0.0] * 3, "scores": [1] * 3, "advantages": [0.0] * 3}
     last = {"step": 2, "rewards": [1.0] * 3, "scores": [5, 3, 1], "advantages": [0.0, 0.75, -0.5]}
@@ -189,7 +190,8 @@ def test_runs_that_lack_metrics_or_judgements(tmp_path, method):
     """NaN is what SFT has for reward and accuracy; a metric that is not there is left out."""
     metrics = {"reward": float("nan"), "accuracy": float("nan"), "length": 9.0, "cut": 0.0}
     metrics = {"reward": 0.5, "length": 9.0} if method == "distill" else metrics
-    c = {"question": "q", "reference": "r", "rubric": "", "judge": [], "step_texts": ["a", "b"],
+    c = {"question": "q", "reference": "r", "rubric": "", "judge_words": [],
+         "step_texts": ["a", "b"],
          "scores": None, "correct": None, "cut": True, "advantages": [1.0, 1.0]}  # fmt: skip
     c["rewards"] = [float("nan")] if method == "sft" else [0.0]
     c["correct"] = None if method == "sft" else True  # as if its judge disagreed

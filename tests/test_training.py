@@ -343,7 +343,7 @@ def test_a_run_writes_what_it_promises(train, tmp_path, judge, capsys):
         assert isinstance(metrics[-1][name], (int, float)), name
     for r in rollouts:
         assert len(r["step_texts"]) == len(r["scores"]) == len(r["rewards"]) == len(r["advantages"])
-        assert r["rubric"].startswith("- ") and len(r["judge"]) == 1
+        assert r["rubric"].startswith("- ") and len(r["judge_words"]) == 1
         assert r["advantages"] == exprl.step_advantages([r["rewards"]], "delta")[0]
     first = [r for r in rollouts if r["step"] == 1]
     expected = sum(sum(r["rewards"]) / len(r["rewards"]) for r in first) / len(first)
@@ -463,7 +463,7 @@ def test_a_wrong_reference_is_that_of_a_row_a_fixed_number_of_places_before():
 def test_no_std_divides_by_nothing(train, tmp_path):
     run = train(tmp_path / "run", "--method", "outcome", "--no-std", "--steps", "3")
     rollouts, signal = read(run / "rollouts.jsonl"), 0
-    for group in exprl.groups(rollouts, 4):
+    for group in exprl.chunks(rollouts, 4):
         rewards = [r["rewards"][0] for r in group]
         for r in group:
             expected = r["rewards"][0] - sum(rewards) / 4
