@@ -28,6 +28,7 @@ def start(runs, **changes):
     """The command with one step a stage, in its own process group."""
     few = {"SEEDS": "1", "SYSTEMS": "sft process-delta", "STAGE1": "1", "STAGE2": "1"}
     few |= {"RUNS": str(runs), "BASE_STEPS": "20", "PROBLEMS": "4"}
+    few |= {"JUDGE_MODEL": "toy-judge-lies-20"}
     return subprocess.Popen(
         ["bash", str(ROOT / "train_small.sh"), "compare"], env=surroundings(**(few | changes)),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -85,6 +86,13 @@ def test_killed_and_started_again_it_does_only_the_rest(resumed):
     assert sorted(re.findall(r"seed-1/(\S+) took", output)) == sorted(JOBS[1:])
     assert "8 of 8 done" in output and (runs / "comparison.md").exists()
     assert (runs / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_judge_is_the_one_asked_for(resumed):
+    """JUDGE_MODEL is what train_small.sh hands on; here it is the toy judge that lies."""
+    [command] = read(resumed[0] / "compare" / "jobs" / "seed-1-process-delta.json")
+    judge = command["command"].index("--judge-model") + 1
+    assert command["command"][judge] == "toy-judge-lies-20"
 
 
 def test_the_costs_are_those_of_the_logs(resumed):

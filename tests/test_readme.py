@@ -31,20 +31,22 @@ ELSEWHERE = {  # command: the test that runs it
     "bash train_small.sh Qwen2.5-0.5B": test_walkthrough.test_the_recipe_on_a_model_of_one_s_own,
     "bash train_small.sh compare": test_compare.test_killed_and_started_again_it_does_only_the_rest,
     "bash tests/run.sh": None,  # this is it
+    'JUDGE_MODEL=toy-judge-lies-20 RUNS=runs/lies SYSTEMS="outcome process-delta process-end '
+    'process-group" bash train_small.sh compare': test_compare.test_the_judge_is_the_one_asked_for,
     "python tests/assignment.py grade assignment --out grades.csv": test_assignment.graded,
 }
 PROGRAMS = ("vllm ", "ollama ", "OLLAMA_", "llama-server ", "transformers ", "pip ")  # not ours
-COMMAND = re.compile(rf"(?:python|bash|export|{'|'.join(map(re.escape, PROGRAMS))})")
+COMMAND = re.compile(rf"(?:python|bash|export|JUDGE_MODEL=|{'|'.join(map(re.escape, PROGRAMS))})")
 
 
 def find_commands() -> list[str]:
     """What stands in the README as a command, in order: lines of blocks, and in backquotes."""
     found = []
     for block, inline in re.findall(
-        r"^```\n(.*?)^```$|`([^`\n]+)`", README, re.DOTALL | re.MULTILINE
+        r"^ *```\n(.*?)^ *```$|`([^`\n]+)`", README, re.DOTALL | re.MULTILINE
     ):
-        lines = block.splitlines() if block else [inline]
-        found += [line.strip() for line in lines if COMMAND.match(line) and " " in line.strip()]
+        lines = map(str.strip, block.splitlines() if block else [inline])
+        found += [line for line in lines if COMMAND.match(line) and " " in line]
     return found
 
 
