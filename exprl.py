@@ -439,7 +439,7 @@ def group_advantages(rewards: Tensor, valid: Tensor, group_size: int, divide=Tru
             advantages[members] = (r - r.mean()) / (r.std() + 1e-6 if divide else 1)
     return advantages
 def step_advantages(step_rewards: list[list[float]], norm: str) -> list[list[float]]:
-    """One group's step rewards s_1..s_T, a list per completion -> advantages of the same shape.
+    """ExpRL-Process: a group's step rewards s_1..s_T, a list per completion -> advantages alike.
     delta: A_t = s_t - s_(t-1), A_1 = s_1 - s_T   what a step added; sums to 0, one step gets 0
     end:   A_t = s_t - s_T for t < T, A_T = s_T
     group: A_t = s_t - mean over the group's completions of (mean over the completion's steps)
@@ -479,8 +479,8 @@ def fill_advantages(completions: list[Completion], args: argparse.Namespace) -> 
 # ---- Loss ----------------------------------------------------------------------------------------
 def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
     """(B, P + T) ids and mask, n = T -> (B, T, V) logits that predict the completion's tokens,
-    those at t - 1 for token t. Mask 0 is padding, on the left. Positions count from 0 at the first
-    token that is none; the model, model(input_ids=...).logits of (B, P + T, V), has to be told."""
+    those at t - 1 for token t. Mask 0 is padding, on the left; the position_ids that the model is
+    given count from 0 at the first token that is none. model(...).logits are (B, P + T, V)."""
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions,
                  use_cache=False, logits_to_keep=n + 1).logits[:, -n - 1 : -1]
