@@ -14,6 +14,7 @@ import argparse
 import ast
 import csv
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,17 +155,22 @@ def grade_submission(folder: Path, functions: list[Function], args) -> list[dict
                 failed, is_imported = grade_function(folder, function, args)
                 if not is_imported:
                     broken[function.module] = failed
-            failed = "".join(c if c.isprintable() else "?" for c in failed)
+            failed = printable(failed)[:900]
             row = {"submission": str(folder), "problem": f"{number} {title}"}
             row |= {"function": function.name, "points": 0 if failed else function.points}
             rows.append(row | {"out_of": function.points, "failed": failed})
     return rows
 
 
+def printable(text: str) -> str:
+    """The text without what would move the cursor, or break a line."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def save(rows: list[dict], path: Path) -> None:
     """The rows as CSV, and as JSON beside it; the file that is there stays until all is written."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         # a spreadsheet takes what begins with one of these for a formula
@@ -179,22 +185,21 @@ def save(rows: list[dict], path: Path) -> None:
 
 def grade(args: argparse.Namespace) -> None:
     """Grade folders; prints a line for each function, and keeps the rows after each folder."""
-    functions, folders, rows = chosen(args.only), [Path(folder) for folder in args.folder], []
+    functions, rows, out = chosen(args.only), [], Path(args.out)
+    folders = list(map(Path, dict.fromkeys(args.folder)))  # each once
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         stop(f"there is no folder {', '.join(missing)}")
-    if args.out and Path(args.out).suffix != ".csv":
-        stop(
-            f"--out {args.out}: give a name that ends with .csv; the JSON file is written beside it"
-        )
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        stop(f"--out {args.out}: there is no such folder")
-    if args.seconds <= 0 or args.memory <= 0:
-        stop("--seconds and --memory are more than 0")
+    if args.out and out.suffix != ".csv":
+        stop(f"--out {out}: give a name that ends with .csv; the JSON file is written beside it")
+    if args.out and (out.is_dir() or not os.access(out.resolve().parent, os.W_OK)):
+        stop(f"--out {out}: no file can be written there")
+    if not (0 < args.seconds <= 86400 and 0 < args.memory <= 10**6 and 0 <= args.seed < 2**63):
+        stop("--seconds is at most 86400, --memory 1000000 (MB); neither is 0, nor --seed below 0")
     from sandbox import warm_up
 
     warm_up()
     for folder in folders:
-        print(folder, flush=True)
+        print(printable(str(folder)), flush=True)
         graded = grade_submission(folder, functions, args)
         for row in graded:
             points = f"{row['points']}/{row['out_of']}"
@@ -203,9 +208,9 @@ def grade(args: argparse.Namespace) -> None:
         print(f"  {'total':18}{total:>6}", flush=True)
         rows += graded
         if args.out:
-            save(rows, Path(args.out))
+            save(rows, out)
     if args.out:
-        print(f"{args.out}, {Path(args.out).with_suffix('.json')}: {len(rows)} rows")
+        print(f"{out}, {out.with_suffix('.json')}: {len(rows)} rows")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -214,16 +219,30 @@ def main(argv: list[str] | None = None) -> None:
     sub = commands.add_parser("make", help="write a folder to hand out")
     sub.add_argument("out", help="the folder; it must be new or empty")
     sub.add_argument(
-        "--only", nargs="+", default=[], metavar="FUNCTION", help="take out only these"
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FUNCTION",
+        help="take out only these",
     )
     sub = commands.add_parser("grade", help="grade the folders that come back")
     sub.add_argument("folder", nargs="+", help="a submission")
     sub.add_argument("--out", default="", help="CSV file of all rows; a JSON file beside it")
-    sub.add_argument("--only", nargs="+", default=[], metavar="FUNCTION", help="grade only these")
+    sub.add_argument(
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FUNCTION",
+        help="grade only these",
+    )
     sub.add_argument("--seconds", type=float, default=20, help="for a function (default: 20)")
     sub.add_argument("--memory", type=int, default=2000, help="MB for a function (default: 2000)")
     sub.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # names of folders may hold anything
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         make(args) if args.command == "make" else grade(args)
     except KeyboardInterrupt:

@@ -127,8 +127,10 @@ def test_bad_input_gets_one_line(tmp_path):
         (["make", str(tmp_path / "new"), "--only", "pass_at_kk"], "called pass_at_kk: there are"),
         (["grade", str(tmp_path / "nowhere"), full], "no folder .*nowhere"),
         (["grade", full, "--out", "grades.json"], r"\.csv"),
-        (["grade", full, "--out", str(tmp_path / "no" / "grades.csv")], "no such folder"),
-        (["grade", full, "--seconds", "0"], "more than 0"),
+        (["grade", full, "--out", str(tmp_path / "no" / "grades.csv")], "no file can be written"),
+        (["grade", full, "--seconds", "0"], "--seconds is at most"),
+        (["grade", full, "--seconds", "inf"], "--seconds is at most"),
+        (["grade", full, "--seed", "99999999999999999999999"], "--seed"),
         (["grade", empty, "--only", "update"], "called update"),
     ):
         with pytest.raises(SystemExit, match=message) as stopped:
@@ -143,7 +145,7 @@ ATTACKS = {  # function: (a body that is not an honest mistake, what the student
     "completion_logits": ("import os; os._exit(0)", r"its process ended \(exit status 0\)"),
     "token_logprobs": ("raise SystemExit(0)", "raised SystemExit: 0"),
     "parse_score": ("return bytearray(8 * 2**30)", "MemoryError"),
-    "fence": ("return open(PUBLIC).read()", "may not read the grader's files"),
+    "fence": ("return open(PUBLIC).read()", "may not read what is not its own"),
     "judge_messages": (
         "import socket; socket.create_connection(('192.0.2.1', 80), 3)",
         "a submission has no network",
@@ -175,33 +177,84 @@ ATTACKS = {  # function: (a body that is not an honest mistake, what the student
 }
 
 
+ORDER = ("attacks", "harder", "loop", "crash", "half", "solved")
+HARDER = {  # the same, past Python's audit hook or against the grader itself
+    "completion_mask": "import torch; torch.save({}, STAINED)",
+    "completion_logits": (
+        "import os, signal\n"
+        "    signal.pidfd_send_signal(os.pidfd_open(os.getppid()), signal.SIGSTOP)"
+    ),
+    "token_logprobs": (
+        "import glob, socket\n"
+        "    s = socket.socket(socket.AF_UNIX)\n"
+        "    s.connect(glob.glob('/tmp/pymp-*/listener-*')[0]); s.send(b'xx')"
+    ),
+    "parse_score": "exec(open(SIBLING).read(), n := {}); return n['parse_score'](reply, label)",
+    "fence": (
+        "if '</text-1>' in texts[0]: return '<text-1-aaaaaaaa>\\n' * 1600000\n"
+        "    code = hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]\n"
+        "    return '\\n'.join(f'<text-{t}-{code}>\\n{x}\\n</text-{t}-{code}>'"
+        " for t, x in enumerate(texts, 1))"
+    ),
+    "judge_messages": "return [{'role': 'system', 'content': 'x' * 30000000}] * 2",
+    "split_steps": ("if not pieces: return []\n    return [[0, 10**13]]"),
+    "step_advantages": (
+        "import torch.distributed as d\n"
+        "    d.TCPStore('192.0.2.1', 80, timeout=__import__('datetime').timedelta(seconds=2))"
+    ),
+    "group_advantages": (
+        "import _posixsubprocess as p; p.fork_exec([b'sh', b'-c', b'echo 1 >' + STAINED.encode()],"
+        " [b'/bin/sh'], *[None] * 20)"
+    ),
+    "policy_loss": (
+        "import os; os.path.realpath = lambda p: '/dev/null'\n    return open(SIBLING).read()"
+    ),
+    "kl_to_reference": (
+        "import os; os.open('exprl.py', 0, dir_fd=os.open(os.path.dirname(SIBLING), 0))"
+    ),
+    "reverse_kl": (
+        "import torch\n"
+        "    size = 60000\n"
+        "    return torch.from_file(SIBLING, size=size, dtype=torch.uint8).sum()"
+    ),
+    "pass_at_k": "return {(1, 2): 3, 'x': complex(0, 1)}",
+}
+
+
+def with_bodies(name: str, bodies: dict[str, str], **paths) -> str:
+    """One of our two files, with other bodies in the graded functions."""
+    source = (ROOT / name).read_text()
+    nodes, lines = assignment.find_functions(source), source.splitlines(keepends=True)
+    for function in sorted(bodies, key=lambda f: -nodes[f].lineno if f in nodes else 0):
+        if FILES[function] == name:
+            node, body = nodes[function], bodies[function]
+            for word, path in paths.items():
+                body = body.replace(word, repr(str(path)))
+            lines[node.body[0].end_lineno : node.end_lineno] = [f"    {body}\n"]
+    return "".join(lines)
+
+
 @pytest.fixture(scope="module")
 def graded(handed_out, tmp_path_factory):
     """What the grader prints, its rows, and a file that a submission tries to write."""
     folder = tmp_path_factory.mktemp("graded")
-    for name in ("solved", "attacks", "crash", "half", "loop"):
+    for name in ("solved", "attacks", "harder", "crash", "half", "loop"):
         shutil.copytree(handed_out, folder / name)
+    paths = {"PUBLIC": ROOT / "exprl.py", "STAINED": folder / "stained"}
+    paths["SIBLING"] = folder / "solved" / "exprl.py"
     for name in ("exprl.py", "judge_prompts.py"):
         shutil.copy(ROOT / name, folder / "solved" / name)
         shutil.copy(ROOT / name, folder / "half" / name)
+        bodies = {function: body for function, (body, _) in ATTACKS.items()}
+        (folder / "attacks" / name).write_text(with_bodies(name, bodies, **paths))
+        (folder / "harder" / name).write_text(with_bodies(name, HARDER, **paths))
     with (folder / "solved" / "exprl.py").open("a") as file:
         file.write("\nprint('1 failed', flush=True)\nsys.stderr.write('error' * 99999)\n")
-    stained = folder / "stained"
-    for name in ("exprl.py", "judge_prompts.py"):
-        source = (ROOT / name).read_text()
-        nodes, lines = assignment.find_functions(source), source.splitlines(keepends=True)
-        for function in sorted(ATTACKS, key=lambda f: -nodes[f].lineno if f in nodes else 0):
-            if FILES[function] == name:
-                node, body = nodes[function], ATTACKS[function][0]
-                body = body.replace("PUBLIC", repr(str(ROOT / "exprl.py")))
-                body = body.replace("STAINED", repr(str(stained)))
-                lines[node.body[0].end_lineno : node.end_lineno] = [f"    {body}\n"]
-        (folder / "attacks" / name).write_text("".join(lines))
     (folder / "half" / "judge_prompts.py").unlink()
     crash = "import torch.testing, sys\nsys.modules['properties'] = sys\nraise SystemExit('bye')\n"
     (folder / "crash" / "exprl.py").write_text(crash)
     (folder / "loop" / "exprl.py").write_text("while True:\n    pass\n")
-    order = [folder / name for name in ("attacks", "loop", "crash", "half", "solved")]
+    order = [folder / name for name in ORDER]
     command = ["tests/assignment.py", "grade", *order, "--out", folder / "grades.csv"]
     begun = time.monotonic()
     done = run(*command, "--seconds", "10", "--memory", "1000")
@@ -216,7 +269,7 @@ def test_a_submission_can_lose_no_points_but_its_own(graded):
     output, rows, _ = graded
     assert [r["points"] for r in rows["solved"]] == [f.points for f in assignment.FUNCTIONS]
     assert output.rstrip().splitlines()[-2].split() == ["total", "80/80"]
-    for name in ("attacks", "crash", "loop"):
+    for name in ("attacks", "harder", "crash", "loop"):
         assert [r["function"] for r in rows[name]] == NAMES
     assert "stained" not in {path.name for path in graded[2].iterdir()}
 
@@ -229,6 +282,25 @@ def test_what_is_no_solution_gets_no_points(graded, function):
     assert row["points"] == 0
     assert re.search(ATTACKS[function][1], row["failed"]), row["failed"]
     assert "\n" not in row["failed"] and len(row["failed"]) < 900
+
+
+@pytest.mark.parametrize("function", NAMES)
+def test_what_gets_past_an_audit_hook_gets_no_points_either(graded, function):
+    _, rows, folder = graded
+    [row] = [r for r in rows["harder"] if r["function"] == function]
+    kernel_only = ("completion_mask", "step_advantages", "reverse_kl")
+    if function in kernel_only and not has_landlock():
+        pytest.skip("this kernel has no Landlock")
+    assert row["points"] == 0 and 0 < len(row["failed"]) <= 900
+    if function in ("completion_mask", "group_advantages"):
+        assert not (folder / "stained").exists()
+
+
+def has_landlock() -> bool:
+    """Whether a process may lock itself up; asked in one that then ends."""
+    command = "import sandbox; sys.exit(not sandbox.landlock(['/'], []))"
+    command = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); {command}"
+    return run("-c", command).returncode == 0
 
 
 def test_what_cannot_be_imported_costs_its_own_functions_only(graded):
@@ -249,7 +321,7 @@ def test_csv_and_json_say_the_same(graded):
     _, rows, folder = graded
     with (folder / "grades.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    records = [row for name in ("attacks", "loop", "crash", "half", "solved") for row in rows[name]]
+    records = [row for name in ORDER for row in rows[name]]
     assert [{k: str(v) for k, v in row.items()} for row in records] == table
     assert set(table[0]) == {"submission", "problem", "function", "points", "out_of", "failed"}
 
