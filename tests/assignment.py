@@ -216,27 +216,14 @@ def grade(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("make", help="write a folder to hand out")
+    only = argparse.ArgumentParser(add_help=False)
+    told = {"metavar": "FUNCTION", "help": "these functions only (default: all)"}
+    only.add_argument("--only", nargs="+", action="extend", default=[], **told)
+    sub = commands.add_parser("make", help="write a folder to hand out", parents=[only])
     sub.add_argument("out", help="the folder; it must be new or empty")
-    sub.add_argument(
-        "--only",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FUNCTION",
-        help="take out only these",
-    )
-    sub = commands.add_parser("grade", help="grade the folders that come back")
+    sub = commands.add_parser("grade", help="grade the folders that come back", parents=[only])
     sub.add_argument("folder", nargs="+", help="a submission")
     sub.add_argument("--out", default="", help="CSV file of all rows; a JSON file beside it")
-    sub.add_argument(
-        "--only",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FUNCTION",
-        help="grade only these",
-    )
     sub.add_argument("--seconds", type=float, default=20, help="for a function (default: 20)")
     sub.add_argument("--memory", type=int, default=2000, help="MB for a function (default: 2000)")
     sub.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")

@@ -236,7 +236,7 @@ def with_bodies(name: str, bodies: dict[str, str], **paths) -> str:
 
 @pytest.fixture(scope="module")
 def graded(handed_out, tmp_path_factory):
-    """What the grader prints, its rows, and a file that a submission tries to write."""
+    """What the grader prints, its rows, and the folder of all of this."""
     folder = tmp_path_factory.mktemp("graded")
     for name in ("solved", "attacks", "harder", "crash", "half", "loop"):
         shutil.copytree(handed_out, folder / name)
@@ -255,9 +255,12 @@ def graded(handed_out, tmp_path_factory):
     (folder / "crash" / "exprl.py").write_text(crash)
     (folder / "loop" / "exprl.py").write_text("while True:\n    pass\n")
     order = [folder / name for name in ORDER]
-    command = ["tests/assignment.py", "grade", *order, "--out", folder / "grades.csv"]
+    # the teacher stands in a submission that has a file with the name of a package
+    stains = f"open({str(folder / 'stained')!r}, 'w').write('imported')\n"
+    (folder / "harder" / "regex.py").write_text(stains)
+    command = [ROOT / "tests" / "assignment.py", "grade", *order, "--out", folder / "grades.csv"]
     begun = time.monotonic()
-    done = run(*command, "--seconds", "10", "--memory", "1000")
+    done = run(*command, "--seconds", "10", "--memory", "1000", folder=folder / "harder")
     assert done.returncode == 0, done.stderr[-2000:]
     assert time.monotonic() - begun < 200
     rows = json.loads((folder / "grades.json").read_text())
