@@ -391,7 +391,7 @@ class Judge:
                     self.cache[key] = reply
                     write_log(self.cache_path, [{"key": key, "reply": reply}])
                 return parse(reply), reply
-            again = {"role": "user", "content": judge_prompts.NO_SCORE}
+            again = {"role": "user", "content": judge_prompts.ASK_AGAIN}
             messages = [*messages[:2], {"role": "assistant", "content": reply or "(empty)"}, again]
         self.last_error = f"no score in its reply {reply!r}"
         return None, reply

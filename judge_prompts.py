@@ -225,7 +225,7 @@ USER = (
 """,
 )
 
-NO_SCORE = r"""Your reply does not have the form that was asked for. Answer again, in exactly
+ASK_AGAIN = r"""Your reply does not have the form that was asked for. Answer again, in exactly
 that form: a score is a whole number from 1 to 5, with nothing after it on its line; checkpoints
 are 2 to 6 lines that begin with a dash."""
 

@@ -122,7 +122,8 @@ def make(args: argparse.Namespace) -> None:
     page = template.render(problems=problems, lines=lines, points=sum(f.points for f in functions))
     (out / "README.md").write_text(page, encoding="utf-8")
     print(f"{out}: {len(functions)} functions to write, {sum(f.points for f in functions)} points")
-    print(f"grade what comes back: python tests/assignment.py grade {out} --out grades.csv")
+    only = " ".join(["--only", *args.only]) if args.only else ""
+    print(f"grade what comes back: python tests/assignment.py grade FOLDER ... {only}".rstrip())
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ r"""The assignment: what is handed out, what the grader takes off, and that it c
 
 import ast
 import csv
+import ctypes
 import inspect
 import json
 import os
@@ -300,10 +301,29 @@ def test_what_gets_past_an_audit_hook_gets_no_points_either(graded, function):
 
 
 def has_landlock() -> bool:
-    """Whether a process may lock itself up; asked in one that then ends."""
-    command = "import sandbox; sys.exit(not sandbox.landlock(['/'], []))"
-    command = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); {command}"
-    return run("-c", command).returncode == 0
+    """Whether the kernel has Landlock, by its own word (and not by our function's)."""
+    ask = ctypes.CDLL(None).syscall
+    return sys.platform.startswith("linux") and (
+        ask(444, None, ctypes.c_size_t(0), ctypes.c_uint(1)) >= 1
+    )
+
+
+def test_the_only_network_is_loopback_and_that_works():
+    """In a process of its own, since there is no way back."""
+    if run(
+        "-c", "import subprocess; subprocess.run(['unshare', '-rn', 'true'], check=True)"
+    ).returncode:
+        pytest.skip("this system gives no network namespace")
+    code = f"""if True:
+        import socket, sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        import sandbox
+        sandbox.leave_the_network()
+        server = socket.create_server(("127.0.0.1", 0))
+        socket.create_connection(server.getsockname(), 5).close()
+        print(socket.if_nameindex())"""
+    done = run("-c", code)
+    assert done.stdout.strip() == "[(1, 'lo')]", done.stderr
 
 
 def test_what_cannot_be_imported_costs_its_own_functions_only(graded):

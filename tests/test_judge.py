@@ -332,7 +332,7 @@ def test_a_score_in_the_third_reply_is_taken(serve, connect):
     assert again[:2] == server.requests[0]["messages"]
     assert again[-2:] == [
         {"role": "assistant", "content": "Score: 10"},
-        {"role": "user", "content": judge_prompts.NO_SCORE},
+        {"role": "user", "content": judge_prompts.ASK_AGAIN},
     ]
     verdicts(connect(server), "outcome", completion("text"))
     assert len(server.requests) == 3  # kept under the first question
