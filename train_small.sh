@@ -67,9 +67,8 @@ exprl train --method sparse --model "$base" --out "$runs/sparse-only" --steps $(
 heading "5/5 all of them, on held-out problems"
 exprl eval --model "$base" "$runs/process/final" "$runs/process-then-sparse/final" \
   "$runs/sparse-only/final" "${held_out[@]}" "${sampling[@]}"
-runs_and_evals=("$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" "$runs"/eval/*.jsonl)
-exprl plot "${runs_and_evals[@]}" --out "$runs/curves.png"
-exprl report "${runs_and_evals[@]}" --out "$runs/report.html"
+"$python" tests/report.py "$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" \
+  "$runs"/eval/*.jsonl --out "$runs/report.html" --figure "$runs/curves.png"
 echo
 echo "What to look at: stage 2 and the control are the same algorithm with the same reward, and got"
 echo "as many steps in all; what differs is whether ExpRL came first. Every completion, with the"

@@ -25,7 +25,16 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 HANDED_OUT = ["exprl.py", "judge_prompts.py", "requirements.txt", "train_small.sh"]
 HANDED_OUT += [
-    f"tests/{name}" for name in ("test_public.py", "toy_world.py", "compare.py", "setup.sh")
+    f"tests/{name}"
+    for name in (
+        "baselines.py",
+        "calibrate.py",
+        "compare.py",
+        "report.py",
+        "setup.sh",
+        "test_public.py",
+        "toy_world.py",
+    )
 ]
 
 
@@ -39,7 +48,7 @@ class Function:
 
     @property
     def file(self) -> str:
-        return f"{self.module}.py"
+        return f"{self.module.replace('.', '/')}.py"
 
 
 PROBLEMS = {
@@ -58,7 +67,7 @@ PROBLEMS = {
     "The clipped loss and the KL": [
         Function("policy_loss", 8),
         Function("kl_to_reference", 4),
-        Function("reverse_kl", 4),
+        Function("reverse_kl", 4, "tests.baselines"),
     ],
     "pass@k": [Function("pass_at_k", 5)],
 }

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,7 +98,9 @@ def plan(args: argparse.Namespace, seed: int) -> list[Job]:
         jobs.append(Job(name, command, result, needs, expected, compare / log, compare / marker))
 
     def train(name: str, flags: str, start: str, steps: int) -> None:
-        command = ["exprl.py", "train", "--model", model_path(world, start), "--out", world / name]
+        is_baseline = re.search("sft|distill|--reference", flags)  # in a program of their own
+        program = ["tests/baselines.py"] if is_baseline else ["exprl.py", "train"]
+        command = [*program, "--model", model_path(world, start), "--out", world / name]
         command += ["--data", world / "train.jsonl", "--steps", steps, "--seed", seed, "--resume"]
         command += [*args.train, *args.sampling, *flags.split()]
         add(name, command, model_path(world, name), [start], 8 + 0.4 * steps)
@@ -184,7 +187,8 @@ def run_all(jobs: list[Job], lock: int, starts: Path) -> None:
 
 def code_version() -> str:
     """A hash of the files that make the results."""
-    files = [ROOT / "exprl.py", ROOT / "judge_prompts.py", ROOT / "tests" / "toy_world.py"]
+    files = [ROOT / "exprl.py", ROOT / "judge_prompts.py"]
+    files += [ROOT / "tests" / "toy_world.py", ROOT / "tests" / "baselines.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -13,7 +13,10 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
+import baselines  # noqa: E402
+import torch  # noqa: E402
 import toy_world  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import exprl  # noqa: E402
 
@@ -54,6 +57,22 @@ def judge():
 
 
 @pytest.fixture
+def model():
+    """A random transformer with a vocabulary of 40."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
 def no_key(monkeypatch):
     """Without a judge in the environment."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -72,10 +91,24 @@ def train(tiny, judge, no_key):
     """train(out, *flags): the run of train_command, in this process; returns its folder."""
 
     def run(out: Path, *flags: str) -> Path:
-        exprl.main(train_command(tiny, judge, out, *flags))
+        run_training(train_command(tiny, judge, out, *flags))
         return out
 
     return run
+
+
+def run_training(command: list[str]) -> None:
+    """exprl.py, or baselines.py where a flag asks for what only that has."""
+    if {"sft", "distill", "--reference"} & {*command}:
+        exprl.run_command(baselines.train, baselines.BaselineSettings, command[1:], "")
+    else:
+        exprl.main(command)
+
+
+def sample_with(monkeypatch, sample) -> None:
+    """Make the training loop take its samples from this function."""
+    rows, _, fill, loss = exprl.train.__defaults__
+    monkeypatch.setattr(exprl.train, "__defaults__", (rows, sample, fill, loss))
 
 
 def surroundings(**changes) -> dict[str, str]:

@@ -62,8 +62,8 @@ def completion_mask(tokens, eos_ids):
         ("padding has position -1", ".clamp(min=0)", ""),
         (
             "padding is attended to",
-            "attention_mask=attention_mask",
-            "attention_mask=torch.ones_like(attention_mask)",
+            '"attention_mask": attention_mask',
+            '"attention_mask": torch.ones_like(attention_mask)',
         ),
         (
             "every row takes the positions of the first",
@@ -72,13 +72,13 @@ def completion_mask(tokens, eos_ids):
         ),
         (
             "mask of the padding, not of the text",
-            "attention_mask=attention_mask",
-            "attention_mask=1 - attention_mask",
+            '"attention_mask": attention_mask',
+            '"attention_mask": 1 - attention_mask',
         ),
         (
             "padding is taken to be token 0",
-            "attention_mask=attention_mask",
-            "attention_mask=(input_ids != 0).long()",
+            '"attention_mask": attention_mask',
+            '"attention_mask": (input_ids != 0).long()',
         ),
         ("no gradient", "[:, -n - 1 : -1]", "[:, -n - 1 : -1].detach()"),
         ("log-probabilities", "[:, -n - 1 : -1]", "[:, -n - 1 : -1].log_softmax(-1)"),
@@ -175,8 +175,8 @@ def completion_logits(model, input_ids, attention_mask, n):
         ),
         (
             "a sum for each completion",
-            "return row_by_row(pick, logits, input_ids[:, -n_completion:])",
-            "return row_by_row(pick, logits, input_ids[:, -n_completion:]).sum(1)",
+            "use_reentrant=False) for row in rows])",
+            "use_reentrant=False) for row in rows]).sum(1)",
         ),
         (
             "cross-entropy without the minus",
@@ -203,8 +203,8 @@ def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
         ("the first score", "[-1]", "[0]"),
         (
             "the largest score",
-            "return ([int(match[1]) for match in lines if match] or [None])[-1]",
-            "return max([int(match[1]) for match in lines if match], default=None)",
+            "scores[-1] if scores else None",
+            "max(scores, default=None)",
         ),
         ("only the last line is read", "reply.splitlines()", "reply.splitlines()[-1:]"),
         ("10 is read as 1", "re.fullmatch", "re.match"),
@@ -218,8 +218,8 @@ def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
         ("the label is ignored", "{around}{label}", "{around}Score"),
         ("a string", "int(match[1])", "match[1]"),
         ("the reward, not the score", "int(match[1])", "(int(match[1]) - 1) / 4"),
-        ("no score is a 1", "[None]", "[1]"),
-        ("no score is an error", " or [None]", ""),
+        ("no score is a 1", "else None", "else 1"),
+        ("no score is an error", " if scores else None", ""),
         (
             "clamped to 1..5",
             r"""
@@ -423,21 +423,23 @@ def judge_messages(kind, row, rubric="", attempt=""):
         ),
         (
             "blank lines split beside ###",
-            r'cuts or [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]',
-            r'sorted({*cuts, *(m.end() for m in re.finditer(r"\n[^\S\n]*\n\s*", text))})',
+            r"""    if not borders:
+        borders = [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]""",
+            r"""    blank = [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]
+    borders = sorted({*borders, *blank})""",
         ),
         (
             "blank lines split nothing",
-            r'cuts or [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]',
-            "cuts",
+            "if not borders:",
+            "if False:",
         ),
         ("each line is a step", r"\n[^\S\n]*\n\s*", r"\n\s*"),
         ("a line of blanks is no blank line", r"\n[^\S\n]*\n\s*", r"\n\n\s*"),
         ("a border between tokens is one token early", '"right")', '"left")'),
         (
             "a token across the border stays with the step before",
-            'np.searchsorted(ends[1:], cut, "right")',
-            'np.searchsorted(ends[:-1], cut, "left")',
+            'np.searchsorted(places[1:], border, "right")',
+            'np.searchsorted(places[:-1], border, "left")',
         ),
         (
             "crumbs are steps",
@@ -453,19 +455,19 @@ def judge_messages(kind, row, rubric="", attempt=""):
         ),
         (
             "no cap",
-            "starts[:MAX_STEPS], [*starts[1:MAX_STEPS], len(pieces)]",
-            "starts, [*starts[1:], len(pieces)]",
+            "starts[:MAX_STEPS]",
+            "starts",
         ),
         ("crumbs count for the cap", "re.MULTILINE)]", "re.MULTILINE)][:MAX_STEPS]"),
         (
             "15 steps at most",
-            "starts[:MAX_STEPS], [*starts[1:MAX_STEPS], len(pieces)]",
-            "starts[:15], [*starts[1:15], len(pieces)]",
+            "starts[:MAX_STEPS]",
+            "starts[:15]",
         ),
         (
             "17 steps at most",
-            "starts[:MAX_STEPS], [*starts[1:MAX_STEPS], len(pieces)]",
-            "starts[:17], [*starts[1:17], len(pieces)]",
+            "starts[:MAX_STEPS]",
+            "starts[:17]",
         ),
         ("the last token is dropped", "len(pieces)]", "len(pieces) - 1]"),
         ("a span without tokens", " if pieces else []", ""),
@@ -477,7 +479,7 @@ def judge_messages(kind, row, rubric="", attempt=""):
         (
             "offsets of characters",
             "list(spans) if",
-            "[(int(ends[a]), int(ends[b])) for a, b in spans] if",
+            "[(int(places[a]), int(places[b])) for a, b in spans] if",
         ),
         (
             "texts in place of spans",
@@ -486,8 +488,9 @@ def judge_messages(kind, row, rubric="", attempt=""):
         ),
         (
             "what follows 16 steps is dropped",
-            "zip(starts[:MAX_STEPS], [*starts[1:MAX_STEPS], len(pieces)], strict=True)",
-            "list(zip(starts, [*starts[1:], len(pieces)], strict=True))[:MAX_STEPS]",
+            "    starts = starts[:MAX_STEPS]\n"
+            "    spans = zip(starts, [*starts[1:], len(pieces)], strict=True)",
+            "    spans = list(zip(starts, [*starts[1:], len(pieces)], strict=True))[:MAX_STEPS]",
         ),
         (
             "what comes before the first ### is dropped",
@@ -829,8 +832,8 @@ def group_advantages(rewards, valid, group_size, divide=True):
         ("p has no gradient", "log_s.exp() *", "log_s.exp().detach() *"),
         (
             "no gradient",
-            "row_by_row(row_kl, student, teacher)",
-            "row_by_row(row_kl, student.detach(), teacher)",
+            "zip(student, teacher, strict=True)",
+            "zip(student.detach(), teacher, strict=True)",
         ),
         ("bfloat16 stays bfloat16", "x.float()", "x"),
         (

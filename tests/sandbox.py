@@ -32,9 +32,10 @@ from types import SimpleNamespace
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ["torch", "transformers", "datasets", "openai", "math_verify", "matplotlib.pyplot"]
-HEAVY += ["pandas", "jinja2", "tqdm", "regex", "transformers.models.llama.modeling_llama"]
+HEAVY = ["torch", "transformers", "datasets", "openai", "math_verify", "pandas", "tqdm", "regex"]
+HEAVY += ["jinja2", "transformers.models.llama.modeling_llama"]
 HEAVY += ["transformers.models.gpt2.modeling_gpt2", "torch.utils.checkpoint"]
+GRADED = ("exprl.py", "judge_prompts.py", "baselines.py")
 LARGEST = 2**21  # bytes of one reply
 UNREADABLE = "what it returns is too large, or neither numbers, texts, lists nor tensors"
 
@@ -74,7 +75,7 @@ def decode(data) -> object:
 def describe(error: BaseException) -> str:
     """An exception in one line, with the last line of the submission that it passed through."""
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if Path(f.filename).name in ("exprl.py", "judge_prompts.py")]
+    lines = [f.lineno for f in frames if Path(f.filename).name in GRADED]
     text = f"{type(error).__name__}: {error}".strip(": ")
     return " ".join(text.split())[:300] + (f" (line {lines[-1]})" if lines else "")
 
@@ -483,7 +484,7 @@ def serve(there, folder: str, module: str, name: str, seconds: float, megabytes:
     sys.dont_write_bytecode = True
     ours = {ROOT, ROOT / "tests"}
     sys.path[:] = [folder, *(path for path in sys.path if Path(path).resolve() not in ours)]
-    for mine in ("exprl", "judge_prompts"):
+    for mine in ("exprl", "judge_prompts", "baselines", "tests", "tests.baselines"):
         sys.modules.pop(mine, None)
     readable = [folder, sys.prefix, sys.base_prefix, *sys.path[1:]]
     system = ["/usr", "/lib", "/lib64", "/bin", "/etc", "/proc/self", "/dev", "/sys/devices"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import assignment
+import baselines
 import mutants
 import pytest
 import sandbox
@@ -25,7 +26,7 @@ import exprl
 import judge_prompts
 
 NAMES = [function.name for function in assignment.FUNCTIONS]
-MODULES = {"exprl": exprl, "judge_prompts": judge_prompts}
+MODULES = {"exprl.py": exprl, "judge_prompts.py": judge_prompts, "tests/baselines.py": baselines}
 FILES = {function.name: function.file for function in assignment.FUNCTIONS}
 
 
@@ -52,7 +53,7 @@ def handed_out(tmp_path_factory):
 def test_the_folder_has_what_the_issue_names_and_no_solution(handed_out):
     files = {str(p.relative_to(handed_out)) for p in handed_out.rglob("*") if p.is_file()}
     assert files == {"README.md", *assignment.HANDED_OUT}
-    for name in ("exprl.py", "judge_prompts.py"):
+    for name in MODULES:
         ours, theirs = ((folder / name).read_text() for folder in (ROOT, handed_out))
         ours, theirs = map(assignment.find_functions, (ours, theirs))
         assert list(ours) == list(theirs)
@@ -63,7 +64,7 @@ def test_the_folder_has_what_the_issue_names_and_no_solution(handed_out):
             assert ast.get_docstring(node) == ast.get_docstring(ours[function])
             assert ast.dump(node.args) == ast.dump(ours[function].args)
             assert ast.unparse(node.body[1:]) == "raise NotImplementedError"
-    for name in set(files) - {"README.md", "exprl.py", "judge_prompts.py"}:
+    for name in set(files) - {"README.md", *MODULES}:
         assert (handed_out / name).read_bytes() == (ROOT / name).read_bytes()
 
 
@@ -91,9 +92,9 @@ def test_public_tests_fail_on_the_blank_and_pass_on_the_solution(handed_out, tmp
     for name in NAMES:
         assert f"::test_{name}" in blank
     solved = shutil.copytree(handed_out, tmp_path / "solved")
-    for name in ("exprl.py", "judge_prompts.py"):
+    for name in MODULES:
         shutil.copy(ROOT / name, solved / name)
-    command += ["--doctest-modules", "exprl.py", "judge_prompts.py"]
+    command += ["--doctest-modules", *MODULES]
     done = run(*command, folder=solved)
     assert done.returncode == 0, done.stdout[-2000:]
 
@@ -243,7 +244,7 @@ def graded(handed_out, tmp_path_factory):
         shutil.copytree(handed_out, folder / name)
     paths = {"PUBLIC": ROOT / "exprl.py", "STAINED": folder / "stained"}
     paths["SIBLING"] = folder / "solved" / "exprl.py"
-    for name in ("exprl.py", "judge_prompts.py"):
+    for name in MODULES:
         shutil.copy(ROOT / name, folder / "solved" / name)
         shutil.copy(ROOT / name, folder / "half" / name)
         bodies = {function: body for function, (body, _) in ATTACKS.items()}
@@ -331,10 +332,10 @@ def test_what_cannot_be_imported_costs_its_own_functions_only(graded):
     for name, words in (("crash", "cannot be imported: SystemExit: bye"), ("loop", "10 seconds")):
         for row in rows[name]:
             assert row["points"] == 0  # the blank judge_prompts.py too
-            if FILES[row["function"]] == "exprl.py":
-                assert words in row["failed"]
-            else:
+            if FILES[row["function"]] == "judge_prompts.py":
                 assert "not written yet" in row["failed"]
+            else:  # it is exprl.py, or needs it
+                assert words in row["failed"]
     for row in rows["half"]:  # its exprl.py needs the file that is not there
         assert row["points"] == 0
     assert "there is no judge_prompts.py" in rows["half"][4]["failed"]
@@ -396,7 +397,7 @@ def test_a_reply_that_no_honest_process_sends_is_a_failure(reply):
 
 def version(name: str, *change: str) -> sandbox.Graded:
     """A function as it is, or with one edit (old, new), or from a source of its own."""
-    function = getattr(MODULES[FILES[name][:-3]], name)
+    function = getattr(MODULES[FILES[name]], name)
     source = inspect.getsource(function)
     if len(change) == 2:
         assert source.count(change[0]) == 1, (
@@ -446,7 +447,7 @@ def test_another_correct_version_lacks_none(name, i):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_property_is_needed_or_says_more(name):
     """A function that is not written, or returns nothing, fails each property, in words."""
-    source = inspect.getsource(getattr(MODULES[FILES[name][:-3]], name))
+    source = inspect.getsource(getattr(MODULES[FILES[name]], name))
     head = source[: source.index('"""')] if '"""' in source else source
     head = re.sub(r"\br$", "", head.rstrip(" ").rstrip("r"))
     for body in ("raise NotImplementedError", "return None"):
@@ -459,7 +460,7 @@ def test_each_property_is_needed_or_says_more(name):
 def test_own_code_runs_the_toy_world(handed_out, tiny, judge, tmp_path):
     """With the functions filled in, the folder that was handed out trains against a judge."""
     solved = shutil.copytree(handed_out, tmp_path / "solved")
-    for name in ("exprl.py", "judge_prompts.py"):
+    for name in MODULES:
         source, ours = (solved / name).read_text(), (ROOT / name).read_text()
         nodes = assignment.find_functions(ours)
         for function in sorted(NAMES, key=lambda f: nodes[f].lineno if f in nodes else 0):

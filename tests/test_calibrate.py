@@ -6,13 +6,14 @@ import json
 import re
 import threading
 
+import calibrate as calibration
 import numpy as np
 import pytest
 import toy_world
+from calibrate import ATTACK
 from conftest import read
 
 import exprl
-from judge_prompts import ATTACK
 
 CHECKPOINTS = "- the two are added\n- the sum is boxed"
 ROWS = [
@@ -23,6 +24,12 @@ ROWS = [
     }
     for i in range(40)
 ]
+
+
+def run_calibrate(argv):
+    exprl.run_command(calibration.calibrate, calibration.CalibrateSettings, argv, "")
+
+
 REFERENCE = {row["question"]: row["reference"] for row in ROWS}
 
 # --------------------------------------------------------------------------------------------------
@@ -73,7 +80,7 @@ def calibrate(tmp_path, capsys, no_key):
             path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:data]))
         files = ["--data", str(path if isinstance(data, int) else data)]
         files += ["--out", str(tmp_path / "out"), "--judge-url", server.url, "--judge-model", "j"]
-        exprl.main(["calibrate", *files, "--problems", "0", *map(str, flags)])
+        run_calibrate([*files, "--problems", "0", *map(str, flags)])
         return capsys.readouterr().out, read(tmp_path / "out" / "attempts.jsonl"), server.requests
 
     yield run
@@ -241,7 +248,7 @@ def test_no_judge(tmp_path, no_key):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     files = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="no judge: set OPENAI_API_KEY"):
-        exprl.main(["calibrate", *files])
+        run_calibrate(files)
     assert not (tmp_path / "out").exists()
 
 
@@ -259,7 +266,7 @@ def test_judge_quality_against_brute_force():
         pairs = list(zip(scores.flat, correct.flat, strict=True))
         right = [s for s, c in pairs if c == 1 and s == s]
         wrong = [s for s, c in pairs if c == 0 and s == s]
-        misplacement, auroc = exprl.judge_quality(scores, correct)
+        misplacement, auroc = calibration.judge_quality(scores, correct)
         if not right or not wrong:
             assert np.isnan([misplacement, auroc]).all()
             undefined += 1
@@ -279,12 +286,12 @@ def test_the_bootstrap_s_interval():
     """It is where theory puts it, so it shrinks with n; draws without a value are left out."""
     for n in (25, 100, 400):
         values = np.random.default_rng(n).random(n)
-        value, low, high = exprl.bootstrap(lambda drawn, v=values: v[drawn].mean(), n)
+        value, low, high = calibration.bootstrap(lambda drawn, v=values: v[drawn].mean(), n)
         error = values.std() / n**0.5
         assert value == pytest.approx(values.mean())
         assert [low, high] == pytest.approx(
             [value - 1.96 * error, value + 1.96 * error], abs=error / 4
         )
-    some = exprl.bootstrap(lambda drawn: 0.5 if 0 in drawn else np.nan, 3)
+    some = calibration.bootstrap(lambda drawn: 0.5 if 0 in drawn else np.nan, 3)
     assert some == [0.5, 0.5, 0.5]
-    assert np.isnan(exprl.bootstrap(lambda drawn: np.nan, 3)).all()
+    assert np.isnan(calibration.bootstrap(lambda drawn: np.nan, 3)).all()

@@ -6,7 +6,6 @@ import socket
 import sys
 import threading
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -61,8 +60,7 @@ def surroundings(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(exprl, "JUDGE_RETRIES", 1)
-    monkeypatch.setattr(exprl, "JUDGE_TIMEOUT", 8.0)
+    monkeypatch.setattr(exprl, "JUDGE_CLIENT", {"timeout": 8.0, "max_retries": 1})
 
 
 @pytest.fixture
@@ -88,16 +86,21 @@ def connect(tmp_path):
     """connect(server): a new judge; those of one test share the cache file."""
     judges = []
 
-    def start(server, model="m", threads=8, max_calls=0, rubric="none"):
-        url = server if isinstance(server, str) else server.url
-        args = Namespace(judge_model=model, judge_url=url, judge_threads=threads, rubric=rubric)
-        args.max_judge_calls, args.max_new_tokens = max_calls, 99
-        judges.append(exprl.Judge(args, tmp_path / "runs"))
+    def start(server, model="m", threads=8, max_calls=0, rubric="none", **options):
+        settings = exprl.JudgeSettings(
+            judge_model=model,
+            judge_url=server if isinstance(server, str) else server.url,
+            judge_threads=threads,
+            max_judge_calls=max_calls,
+            rubric=rubric,
+            judge_options=options or {"temperature": 0, "max_tokens": 2048},
+        )
+        judges.append(exprl.Judge(settings, tmp_path / "runs"))
         return judges[-1]
 
     yield start
     for judge in judges:
-        judge.pool.shutdown(wait=False, cancel_futures=True)
+        judge.close()
         judge.client.close()
 
 
@@ -109,7 +112,9 @@ def completion(*steps, row=ROW, cut=False):
 
 def judgements(judge, kind, *completions):
     """(scores or None, words, checkpoints) of each of these completions of one problem."""
-    return [future.result(WAIT) for future in judge.submit(list(completions), kind)]
+    for future in judge.submit(list(completions), kind):
+        future.result(WAIT)
+    return [(c.scores, c.judge_words, c.rubric) for c in completions]
 
 
 def verdicts(judge, kind, *completions):
@@ -395,7 +400,7 @@ def test_a_repeated_run_makes_no_call(serve, connect):
     assert calls == 0 and judge.paid["judge_calls"] == 0
 
 
-def test_the_cache_knows_model_settings_and_messages(serve, connect, monkeypatch):
+def test_the_cache_knows_model_options_and_messages(serve, connect):
     server = serve(lambda request: f"Score: {len(server.requests)}")
     assert verdicts(connect(server), "outcome", completion("text")) == [[1]]
     assert verdicts(connect(server, model="m2"), "outcome", completion("text")) == [[2]]
@@ -403,8 +408,8 @@ def test_the_cache_knows_model_settings_and_messages(serve, connect, monkeypatch
     row = ROW | {"reference": "It is 4."}
     assert verdicts(connect(server), "outcome", completion("text", row=row)) == [[4]]
     assert verdicts(connect(server), "outcome", completion("text")) == [[1]]
-    monkeypatch.setattr(exprl, "JUDGE_OPTIONS", [{"temperature": 0.5, "max_tokens": 9}])
-    assert verdicts(connect(server), "outcome", completion("text")) == [[5]]
+    judge = connect(server, temperature=0.5, max_tokens=9)
+    assert verdicts(judge, "outcome", completion("text")) == [[5]]
 
 
 def test_the_cache_knows_the_task(serve, connect):
@@ -443,31 +448,20 @@ def test_a_torn_last_line_costs_one_call(serve, connect):
 # Servers of all kinds
 
 
-@pytest.mark.parametrize(
-    ("refused", "wasted", "kept"),
-    [
-        ({"max_tokens"}, 1, {"temperature", "max_completion_tokens"}),
-        ({"temperature"}, 2, {"max_tokens"}),
-        ({"temperature", "max_tokens"}, 3, {"max_completion_tokens"}),
-        ({"max_completion_tokens"}, 0, {"temperature", "max_tokens"}),
-    ],
-)
-def test_refused_options_are_found_out_and_remembered(refused, wasted, kept, serve, connect):
-    def answer(request):
-        time.sleep(0.01)
-        return REFUSED if refused & set(request) else "Score: 4"
+def test_the_options_of_a_call_are_those_that_were_asked_for(serve, connect):
+    server = serve("Score: 4")
+    options = {"max_completion_tokens": 99, "extra_body": {"chat": {"thinking": False}}}
+    assert verdicts(connect(server, **options), "outcome", completion("a")) == [[4]]
+    [request] = server.requests
+    assert request["max_completion_tokens"] == 99 and request["chat"] == {"thinking": False}
+    assert not {"temperature", "max_tokens"} & set(request)
 
-    server = serve(answer)
-    judge = connect(server, threads=6)  # at first each thread may have to find it out
-    assert verdicts(judge, "outcome", *map(completion, "abcdef")) == [[4]] * 6
-    is_refused = [bool(refused & set(request)) for request in server.requests]
-    assert wasted <= sum(is_refused) <= 6 * wasted and is_refused.count(False) == 6
-    server.requests.clear()
-    assert verdicts(judge, "outcome", *map(completion, "ghijkl")) == [[4]] * 6
-    assert len(server.requests) == judge.paid["judge_calls"] - 6 == 6
-    for request in server.requests:
-        assert set(request) - {"model", "messages", "authorization"} == kept
-        assert request["model"] == "m" and request.get("temperature", 0) == 0
+
+def test_options_that_a_server_refuses_are_in_the_error(serve, connect):
+    """So that it says itself what to put into --judge-options."""
+    judge = connect(serve(REFUSED))
+    assert verdicts(judge, "outcome", completion("a")) == [None]
+    assert "Unsupported parameter" in judge.last_error
 
 
 @pytest.mark.parametrize("status", [429, 500])
@@ -480,8 +474,8 @@ def test_a_passing_fault_is_retried(status, serve, connect):
 @pytest.mark.parametrize(
     ("body", "requests"),
     [
-        ((500, {"error": {"message": "broken"}}), 2),  # JUDGE_RETRIES is 1
-        (REFUSED, 4),  # each of JUDGE_OPTIONS
+        ((500, {"error": {"message": "broken"}}), 2),  # asked again once
+        (REFUSED, 1),
         ((200, "<html>welcome</html>"), 3),
         ((200, {"id": "x", "object": "chat.completion", "choices": []}), 3),
         ((200, {"error": {"message": "overloaded"}}), 3),
@@ -512,8 +506,7 @@ def test_one_failure_leaves_the_others_their_verdicts(serve, connect):
 
 
 def test_a_server_that_does_not_answer_in_time_gives_no_verdict(serve, connect, monkeypatch):
-    monkeypatch.setattr(exprl, "JUDGE_TIMEOUT", 0.2)
-    monkeypatch.setattr(exprl, "JUDGE_RETRIES", 0)
+    monkeypatch.setattr(exprl, "JUDGE_CLIENT", {"timeout": 0.2, "max_retries": 0})
     over = threading.Event()
     server = serve(lambda request: "Score: 4" if over.wait(5) else "")
     judge = connect(server)
@@ -609,10 +602,37 @@ def test_calls_run_in_parallel_and_no_more_than_threads(serve, connect):
 def test_submit_does_not_wait(serve, connect):
     go_on = threading.Event()
     server = serve(lambda request: "Score: 3" if go_on.wait(5) else "")
-    [later] = connect(server).submit([completion("later")], "outcome")
-    assert not later.done()
+    c = completion("later")
+    [later] = connect(server).submit([c], "outcome")
+    assert not later.done() and c.scores is None
     go_on.set()
-    assert later.result(WAIT)[0] == [3]
+    later.result(WAIT)
+    assert c.scores == [3]
+
+
+def test_wait_stops_if_most_have_failed(serve, connect):
+    server = serve(lambda request: "none" if "bad" in user(request) else "Score: 3")
+    judge = connect(server)
+    group = [completion(text) for text in ("good", "bad 1", "fine", "bad 2")]
+    judge.wait(group, judge.submit(group, "outcome"))
+    assert [c.scores for c in group] == [[3], None, [3], None]
+    group = [completion(text) for text in ("good", "bad 1", "bad 2")]
+    with pytest.raises(SystemExit, match="failed on most completions; --resume later"):
+        judge.wait(group, judge.submit(group, "outcome"))
+
+
+def test_after_close_no_call_is_made(serve, connect):
+    """A thread that has more calls to make (a step each) makes none of them."""
+    go_on = threading.Event()
+    server = serve(lambda request: "Score: 3" if go_on.wait(5) else "")
+    judge = connect(server, threads=1)
+    futures = judge.submit([completion(*STEPS), completion("x")], "alone")
+    while not server.requests:
+        time.sleep(0.01)
+    judge.close()
+    go_on.set()
+    assert futures[0].exception(WAIT) is not None and futures[1].cancelled()
+    assert len(server.requests) == 1
 
 
 def test_max_judge_calls_stops_paid_calls_but_not_the_cache(serve, connect):
@@ -684,6 +704,5 @@ def test_an_address_that_is_none_stops_at_once(connect):
 
 def test_half_of_a_surrogate_pair_in_a_reply_costs_no_verdict(serve, connect):
     judge = connect(serve(lambda request: "half a pair: \ud800\nScore: 4"))
-    [verdict] = judge.submit([completion("It is 3.")], "outcome")
-    scores, [words], _ = verdict.result(WAIT)
+    [(scores, [words], _)] = judgements(judge, "outcome", completion("It is 3."))
     assert scores == [4] and words.encode() == b"half a pair: ?\nScore: 4"

@@ -41,11 +41,11 @@ def test_usual_columns_are_recognised(tmp_path):
     "text, message",
     [
         ('{"question": "Q?", "answer": "1"}\n{"question": "Q?"}\n', "line 2: has no answer"),
-        ('{"question": "Q?", "answer": "1"}\n\n{"answer": "1"}\n', "line 2: is not JSON"),
+        ('{"question": "Q?", "answer": "1"}\n\n{"answer": "1"}\n', "line 2: Expecting value"),
         ('{"answer": "1"}\n', "line 1: has no question"),
         ('{"question": "Q?", "answer": "1"}\n["a"]\n', "line 2: is not a JSON object"),
-        ('{"question": "Q?", "answer": "1"', "line 1: is not JSON"),
-        ("", "line 1: is not JSON"),
+        ('{"question": "Q?", "answer": "1"', "line 1: Expecting ',' delimiter"),
+        ("", "line 1: Expecting value"),
     ],
 )
 def test_a_malformed_row_is_named_by_its_line(tmp_path, text, message):
@@ -81,10 +81,9 @@ def test_a_row_has_a_domain(tmp_path):
     rows = [{"question": f"{i}?", "reference": "r"} for i in range(3)]
     rows[1]["domain"] = "code"
     data, needed = write(tmp_path / "a.jsonl", *rows), ("question", "reference")
-    for domain in ("math", "science"):  # that of the rows that name none
-        rows = exprl.load_rows(data, "train", needed=needed, domain=domain)
-        assert [row["domain"] for row in rows] == [domain, "code", domain]
-        assert [row["answer"] for row in rows] == [""] * 3
+    rows = exprl.load_rows(data, "train", needed=needed)
+    assert [row["domain"] for row in rows] == ["math", "code", "math"]
+    assert [row["answer"] for row in rows] == [""] * 3
     data = write(tmp_path / "b.jsonl", rows[0], rows[1], rows[2] | {"domain": "art"})
     with pytest.raises(SystemExit, match="line 3: has the domain art, not math or science or code"):
         exprl.load_rows(data, "train", needed=needed)
@@ -102,7 +101,7 @@ def test_a_hub_data_set_with_splits(tmp_path):
     assert len(exprl.load_rows(str(tmp_path), "test", n=1)) == 1
 
 
-def test_math_means_levels_4_and_5(monkeypatch):
+def test_names_of_hub_data_sets(monkeypatch):
     from datasets import Dataset
 
     asked = []
@@ -115,21 +114,9 @@ def test_math_means_levels_4_and_5(monkeypatch):
         )
 
     monkeypatch.setattr(exprl, "load_dataset", hub)
-    assert [r["question"] for r in exprl.load_rows("math", "test")] == ["Level 4", "Level 5"]
+    assert len(exprl.load_rows("math", "test")) == 5
     exprl.load_rows("someone/something:main", "train")
-    assert asked[1] == ("someone/something", "main", "train")
-
-
-def test_over_long_prompts_are_dropped_and_counted(tiny, capsys):
-    _, tokenizer = exprl.find_model(str(tiny / "base"))
-    rows = [
-        {"question": "29a*3=", "answer": "87", "reference": ""},
-        {"question": "29a*3b+7c+7=", "answer": "00", "reference": ""},
-    ]
-    assert len(exprl.tokenize_rows(rows, tokenizer, 6)) == 1
-    assert "dropped 1 problems" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--max-prompt-tokens"):
-        exprl.tokenize_rows(rows, tokenizer, 2)
+    assert asked[0][2] == "test" and asked[1] == ("someone/something", "main", "train")
 
 
 @pytest.mark.parametrize(
@@ -187,9 +174,9 @@ def test_one_bos_at_most(tokenizer):
         single="<bos> $A", special_tokens=[("<bos>", bos)]
     )
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
-    assert exprl.policy_prompt(tokenizer, "29a*3=").count(bos) == 1
+    assert judge_prompts.policy_prompt(tokenizer, "29a*3=").count(bos) == 1
     tokenizer.chat_template = None
-    assert exprl.policy_prompt(tokenizer, "29a*3=").count(bos) == 1
+    assert judge_prompts.policy_prompt(tokenizer, "29a*3=").count(bos) == 1
 
 
 def test_the_prompt_holds_instruction_and_question(tokenizer):
@@ -201,7 +188,7 @@ def test_the_prompt_holds_instruction_and_question(tokenizer):
         tokenize=False,
         add_generation_prompt=True,
     )
-    assert exprl.policy_prompt(tokenizer, "29a*3=") == tokenizer(rendered).input_ids
+    assert judge_prompts.policy_prompt(tokenizer, "29a*3=") == tokenizer(rendered).input_ids
     for words in ("step by step", "new line with ###", r"\boxed{}"):
         assert words in judge_prompts.POLICY
 
@@ -220,9 +207,11 @@ def test_only_the_teacher_is_given_a_reference(template):
             return messages[0]["content"]
 
     end = "" if template else "\n\nSolution:\n"
-    prompt = "".join(exprl.policy_prompt(Letters(), "1+1?"))
+    prompt = "".join(judge_prompts.policy_prompt(Letters(), "1+1?"))
     assert prompt == f"{judge_prompts.POLICY}\n\n1+1?{end}"
-    prompt = "".join(exprl.policy_prompt(Letters(), "1+1?", "It is 2."))
+    prompt = "".join(
+        judge_prompts.policy_prompt(Letters(), "It is 2.\n\n1+1?", judge_prompts.TEACHER)
+    )
     assert prompt == f"{judge_prompts.TEACHER}\n\nIt is 2.\n\n1+1?{end}"
     assert judge_prompts.TEACHER.startswith(judge_prompts.POLICY)
 
@@ -235,14 +224,24 @@ def model(tiny):
     return exprl.load_model(str(tiny / "base"))
 
 
+def set_sampling(model, tokenizer, prompt_ids, temperature, cap):
+    settings = exprl.SamplingSettings(temperature=temperature, max_new_tokens=cap)
+    exprl.set_sampling(model, tokenizer, prompt_ids, settings)
+
+
+def with_prompts(rows, tokenizer):
+    prompt = judge_prompts.policy_prompt
+    return [row | {"prompt_ids": prompt(tokenizer, row["question"])} for row in rows]
+
+
 def test_the_sampler_draws_from_the_log_probs_that_are_trained(model, tokenizer):
     """Though the checkpoint asks for top_k, top_p and a penalty; at a temperature that is not 1."""
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=2, top_p=0.5, repetition_penalty=1.5, temperature=0.3, eos_token_id=1
     )
     row = {"question": "29a*3b+7=", "answer": "94", "reference": ""}
-    row = exprl.tokenize_rows([row], tokenizer, 99)[0]
-    exprl.set_sampling(model, tokenizer, row["prompt_ids"], 2.0, 1)
+    [row] = with_prompts([row], tokenizer)
+    set_sampling(model, tokenizer, row["prompt_ids"], 2.0, 1)
     torch.manual_seed(0)
     [group] = exprl.sample_groups(model, tokenizer, [row], 8000, 4000)
     drawn = torch.bincount(torch.tensor([c.ids[0] for c in group]), minlength=len(tokenizer)) / 8000
@@ -262,7 +261,7 @@ def test_a_sampler_that_changes_the_distribution_is_refused(model, tokenizer):
         *args, logits_processor=LogitsProcessorList([TopKLogitsWarper(2)]), **kwargs
     )
     with pytest.raises(SystemExit, match="softmax"):
-        exprl.set_sampling(model, tokenizer, [5, 6], 1.0, 8)
+        set_sampling(model, tokenizer, [5, 6], 1.0, 8)
 
 
 def test_the_stop_set_has_every_eos(model, tokenizer):
@@ -272,7 +271,7 @@ def test_the_stop_set_has_every_eos(model, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>\n{% endfor %}"
     model.generation_config.eos_token_id = [1, 7]
     tokenizer.pad_token = tokenizer.eos_token  # pad may equal eos
-    exprl.set_sampling(model, tokenizer, [5, 6], 1.0, 8)
+    set_sampling(model, tokenizer, [5, 6], 1.0, 8)
     assert model.generation_config.eos_token_id == sorted({1, 7, turn})
     assert model.generation_config.pad_token_id == tokenizer.eos_token_id
 
@@ -282,8 +281,8 @@ def test_completions_do_not_depend_on_the_prompts_beside_them(model, tokenizer):
     rows = [
         {"question": q, "answer": "1", "reference": ""} for q in ("29a*3=", "41a+7b+7c*3d*3e*3f+7=")
     ]
-    rows = exprl.tokenize_rows(rows, tokenizer, 99)
-    exprl.set_sampling(model, tokenizer, rows[0]["prompt_ids"], 1.0, 20)
+    rows = with_prompts(rows, tokenizer)
+    set_sampling(model, tokenizer, rows[0]["prompt_ids"], 1.0, 20)
     model.generation_config.do_sample = False
     together = [group[0].ids for group in exprl.sample_groups(model, tokenizer, rows, 1, 2)]
     alone = [next(exprl.sample_groups(model, tokenizer, [row], 1, 1))[0].ids for row in rows]
@@ -292,8 +291,8 @@ def test_completions_do_not_depend_on_the_prompts_beside_them(model, tokenizer):
 
 def test_completions_end_with_their_eos_or_are_cut(model, tokenizer):
     rows = [{"question": "41a+7b+7c*3d*3e*3f+7=", "answer": "1", "reference": ""}]
-    rows = exprl.tokenize_rows(rows, tokenizer, 99)
-    exprl.set_sampling(model, tokenizer, rows[0]["prompt_ids"], 1.0, 60)
+    rows = with_prompts(rows, tokenizer)
+    set_sampling(model, tokenizer, rows[0]["prompt_ids"], 1.0, 60)
     [group] = exprl.sample_groups(model, tokenizer, rows, 32, 8)
     eos = tokenizer.eos_token_id
     assert any(not c.cut for c in group)
@@ -305,12 +304,17 @@ def test_completions_end_with_their_eos_or_are_cut(model, tokenizer):
 
 
 def test_dropout_is_off(tiny, tmp_path):
+    """Also in the update, which leaves the model as it is loaded."""
     shutil.copytree(tiny / "base", tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.9}))
-    model = exprl.load_model(str(tmp_path / "base")).train()
-    ids = torch.arange(3, 20)[None]
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    model, seen = exprl.load_model(str(tmp_path / "base")), []
+    model.register_forward_hook(lambda *_: seen.append(model.training))
+    c = exprl.Completion({"prompt_ids": [5, 6]}, [7, 8], "", None, False, [(0, 2)], [""])
+    c.rewards, c.advantages = [1.0], [1.0]
+    settings = exprl.TrainSettings(model="", updates_per_batch=2)
+    exprl.update(model, None, torch.optim.SGD(model.parameters(), 0.1), [c], settings)
+    assert len(seen) == 3 and not any(seen)
 
 
 def test_a_log_survives_a_torn_line_and_is_replaced_whole(tmp_path):

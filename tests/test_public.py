@@ -14,9 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import exprl
-import judge_prompts
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+import baselines  # noqa: E402
+
+import exprl  # noqa: E402
+import judge_prompts  # noqa: E402
 
 
 # ---- 1 -------------------------------------------------------------------------------------------
@@ -160,11 +163,11 @@ def test_kl_to_reference():
 
 def test_reverse_kl():
     student, teacher = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log(), torch.zeros(1, 2, 2)
-    got = exprl.reverse_kl(student, teacher, 1.0)
+    got = baselines.reverse_kl(student, teacher, 1.0)
     assert got[0].tolist() == pytest.approx(
         [0, 0.9 * math.log(1.8) + 0.1 * math.log(0.2)], abs=1e-6
     )
-    hot = exprl.reverse_kl(student, teacher, 2.0)  # odds of 9 become odds of 3
+    hot = baselines.reverse_kl(student, teacher, 2.0)  # odds of 9 become odds of 3
     assert hot[0, 1].item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
 
 

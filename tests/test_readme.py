@@ -1,4 +1,4 @@
-"""The README: its commands are run, its line anchors and its memory table are right.
+"""The README and its pages: their commands are run, anchors, tables and examples are right.
 
 The commands run as they stand there, with flags added that make them small, in a folder where a toy
 model is called Qwen2.5-0.5B and toy problems openai/gsm8k, and with the toy judge for the API's.
@@ -10,19 +10,28 @@ import shlex
 import shutil
 
 import assignment
+import baselines
+import calibrate
 import pytest
+import report
 import test_assignment
 import test_compare
 import test_walkthrough
+import torch
 import toy_world
 from conftest import ROOT, read
 
 import exprl
 import judge_prompts
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PATHS = [
+    ROOT / "README.md",
+    *(ROOT / "tests" / f"{n}.md" for n in ("comparison", "gpu", "teaching")),
+]
+PAGES = {path: path.read_text(encoding="utf-8") for path in PATHS}
+README = PAGES[ROOT / "README.md"]
 SMALL = {
-    "train": "--steps 1 --prompts-per-step 2 --group-size 2 --max-new-tokens 60 --eval-every 0",
+    "train": "--steps 1 --prompts-per-step 2 --group-size 2 --max-new-tokens 60",
     "eval": "--problems 4 --samples 2 --max-new-tokens 60",
     "calibrate": "--problems 2 --samples 2 --max-new-tokens 60",
 }
@@ -43,7 +52,7 @@ def find_commands() -> list[str]:
     """What stands in the README as a command, in order: lines of blocks, and in backquotes."""
     found = []
     for block, inline in re.findall(
-        r"^ *```\n(.*?)^ *```$|`([^`\n]+)`", README, re.DOTALL | re.MULTILINE
+        r"^ *```\n(.*?)^ *```$|`([^`\n]+)`", "\n".join(PAGES.values()), re.DOTALL | re.MULTILINE
     ):
         lines = map(str.strip, block.splitlines() if block else [inline])
         found += [line for line in lines if COMMAND.match(line) and " " in line]
@@ -85,7 +94,9 @@ def test_every_command_is_known():
         is_run = command.startswith(("python exprl.py ", "python tests/", "export "))
         assert is_run or command in ELSEWHERE or command.startswith(PROGRAMS), command
     for command in re.findall(r"python exprl\.py ([^`#\n]+)", exprl.__doc__):
-        exprl.parse_flags(shlex.split(command))
+        name, *flags = shlex.split(command)
+        kind = exprl.EvalSettings if name == "eval" else exprl.TrainSettings
+        exprl.read_flags(kind, flags if name == "eval" else [name, *flags], "")
 
 
 def run(command: str, judge) -> None:
@@ -95,12 +106,19 @@ def run(command: str, judge) -> None:
     script, *argv = shlex.split(command)[1:]
     if script == "tests/assignment.py":
         assignment.main(argv)
+    elif script == "tests/report.py":
+        report.main(argv)
+    elif script == "tests/calibrate.py":
+        argv += shlex.split(SMALL["calibrate"])
+        exprl.run_command(calibrate.calibrate, calibrate.CalibrateSettings, argv, "")
+    elif script == "tests/baselines.py":
+        argv += shlex.split(SMALL["train"])
+        exprl.run_command(baselines.train, baselines.BaselineSettings, argv, "")
     elif script == "exprl.py" and "--help" in argv:
         with pytest.raises(SystemExit):
             exprl.main(argv)
     elif script == "exprl.py":
-        name = argv[0] if argv[0] in exprl.COMMANDS else "train"
-        exprl.main(argv + shlex.split(SMALL.get(name, "")))
+        exprl.main(argv + shlex.split(SMALL["eval" if argv[0] == "eval" else "train"]))
     else:
         assert command == "python tests/toy_world.py judge --url-file judge.url &"
 
@@ -140,7 +158,7 @@ def test_what_the_page_says_a_run_writes_is_there(train, tmp_path):
 
 
 def test_metrics_that_the_page_names_are_logged(train, tmp_path):
-    part = README[README.index("## When something") : README.index("## Teaching with it")]
+    part = README[README.index("## When something") : README.index("## The whole comparison")]
     named = {*re.findall(r"`(\w+)`", part)} - {
         "outcome",
         "sparse",
@@ -162,18 +180,49 @@ def test_line_anchors_lead_to_what_they_name():
 
 
 def test_links_lead_to_files_that_are_there():
-    for path in re.findall(r"\]\((?!http|#)([^)#]+)", README):
-        assert (ROOT / path).exists(), path
-    titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-    assert {*re.findall(r"\]\(#([^)]+)\)", README)} <= anchors
+    anchors = {}
+    for page, text in PAGES.items():
+        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors[page] = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), (page.name, link)
+            assert target not in anchors or not anchor or anchor in anchors[target], link
+
+
+def test_the_readme_is_short_and_its_first_screen_has_what_counts():
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    first = "\n".join(lines[:40])
+    for words in ("bash train_small.sh", "(.assets/method.svg)", "| stage 1: ExpRL", "| control:"):
+        assert words in first, words
+
+
+def test_the_worked_example_is_what_the_functions_give():
+    rows = re.findall(
+        r"^\| ([ab])\d \| .*? \| (\d) \| (\S+) \| .*? \| (\S+) \|", README, re.MULTILINE
+    )
+    assert len(rows) == 4
+    rewards = [[(int(k) - 1) / 4 for name, k, *_ in rows if name == c] for c in "ab"]
+    shown = [[float(s) for name, _, s, _ in rows if name == c] for c in "ab"]
+    assert rewards == shown
+    given = [[float(a) for name, *_, a in rows if name == c] for c in "ab"]
+    assert exprl.step_advantages(rewards, "delta") == given
+    scores = [
+        (int(k) - 1) / 4 for k in re.search(r"with scores (\d) and (\d) for", README).groups()
+    ]
+    outcome = exprl.group_advantages(torch.tensor(scores), torch.tensor([True, True]), 2)
+    a, b = re.search(r"of a get (\S+) and all of b (\S+),", README).groups()
+    assert [float(a), float(b)] == pytest.approx(outcome.tolist(), abs=0.005)
 
 
 def test_numbers_of_the_assignment_are_those_of_its_code():
     wrong = sum(map(len, test_assignment.mutants.MUTANTS.values()))
     right = sum(map(len, test_assignment.mutants.CORRECT.values()))
     n, points = len(assignment.FUNCTIONS), sum(f.points for f in assignment.FUNCTIONS)
-    text = " ".join(README.split())
+    text = " ".join(PAGES[ROOT / "tests" / "teaching.md"].split())
     for words in (
         f"with the bodies of {n} functions taken out",
         f"six problems, {points} points by the grader",
@@ -215,28 +264,25 @@ MODELS = {  # parameters, layers, width, MLP width, key-value heads x their widt
 }
 
 
-def memory(N, L, h, f, k, V, B, T, P=200, S=64, checkpointing=False) -> float:
-    """The README's formula, in GB: the larger of training and sampling."""
-    activations = L * B * (P + T) * (4 * h if checkpointing else 34 * h + 8 * f + 2 * (P + T))
-    copies = 2 * V * h if checkpointing else 2 * N
+def memory(N, L, h, f, k, V, B, T, P=200, S=64) -> float:
+    """The page's formula, in GB: the larger of training and sampling."""
+    activations = L * B * (P + T) * (34 * h + 8 * f + 2 * (P + T))
     logits = T * V * (2 * (2 * B - 1) + 12)
-    training = 20 * N + max(4 * N, copies + activations + logits)
+    training = 20 * N + max(4 * N, 2 * N + activations + logits)
     sampling = 18 * N + S * (8 * L * k * (P + T) + 16 * V)
     return max(training, sampling) / 1e9
 
 
 def memory_table() -> str:
-    """The README's rows."""
+    """The page's rows."""
     rows = []
     for name, shape in MODELS.items():
         cells = [
-            " / ".join(f"{memory(*shape, B, T, checkpointing=c):.1f}" for B, c in settings)
-            for T in (512, 1024, 2048)
-            for settings in [((4, False), (4, True), (1, True))]
+            " / ".join(f"{memory(*shape, B, T):.1f}" for B in (4, 1)) for T in (512, 1024, 2048)
         ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def test_the_memory_table_is_what_the_formula_gives():
-    assert memory_table() in README
+    assert memory_table() in PAGES[ROOT / "tests" / "gpu.md"]

@@ -10,10 +10,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import read, train_command
+import report as report_page
+from conftest import read, run_training, train_command
 from matplotlib import image, pyplot
-
-import exprl
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -53,7 +52,9 @@ def write(path, records):
 
 def report(out, *paths):
     try:
-        exprl.main(["report", *map(str, paths), "--out", str(out)])
+        report_page.main(
+            [*map(str, paths), "--out", str(out), "--figure", str(out.with_suffix(".png"))]
+        )
     finally:
         pyplot.close("all")
     return out
@@ -64,10 +65,9 @@ def runs(tiny, judge, tmp_path_factory):
     """A real run with hostile texts in its name and in one problem, an SFT run, an eval file."""
     folder = tmp_path_factory.mktemp("report")
     run, sft = folder / "<img src=x onerror=f(1)> \"a\" & 'b' {{ 7 * 7 }}", folder / "sft"
-    held_out = ["--eval-every", "2", "--eval-data", str(tiny / "heldout.jsonl")]
-    exprl.main(train_command(tiny, judge, run, *held_out, "--eval-problems", "8"))
-    exprl.main(train_command(tiny, judge, sft, "--method", "sft"))
-    shutil.copy(run / "eval-000000.jsonl", folder / "base.jsonl")
+    run_training(train_command(tiny, judge, run))
+    run_training(train_command(tiny, judge, sft, "--method", "sft"))
+    write(folder / "base.jsonl", [{"n": 4, "correct": i % 3} for i in range(8)])
 
     rollouts = read(run / "rollouts.jsonl")
     texts = {field: f"{field}: {HOSTILE}" for field in FIELDS}
@@ -173,7 +173,7 @@ def test_the_order_of_the_examples():
     failed = [rollout("e", step, None) for step in range(6)]
     unknown = [rollout("f", step, [float("nan")], None) for step in (1, 2)]  # of SFT
     rollouts = [a1, failed[0], b1, c1, d1, *unknown, a2, c2, *failed[1:], d2, b2]
-    found = exprl.examples(rollouts).values()
+    found = report_page.examples(rollouts).values()
     improved, disagree, no_verdict = (
         [{k: v for k, v in r.items() if k != "mean"} for r in sort] for sort in found
     )
@@ -182,7 +182,7 @@ def test_the_order_of_the_examples():
     apart = [abs(float(np.mean(r["rewards"])) - r["correct"]) for r in disagree]
     assert apart == [1.0, 0.5, 0.5, 0.375]
     assert no_verdict == failed[:4]
-    assert list(exprl.examples([]).values()) == [[], [], []]
+    assert list(report_page.examples([]).values()) == [[], [], []]
 
 
 @pytest.mark.parametrize("method", ["sft", "distill", "sparse"])
@@ -201,6 +201,61 @@ def test_runs_that_lack_metrics_or_judgements(tmp_path, method):
     text = report(tmp_path / "report.html", tmp_path).read_text(encoding="utf-8")
     assert "completion length" in text or "<svg" in text
     assert ("advantage +1.00" in text) == (method != "sft")
+
+
+def make_run(folder, model, steps, **metrics):
+    folder.mkdir()
+    write(folder / "metrics.jsonl", [{"step": s, **metrics} for s in range(1, steps + 1)])
+    write(folder / "settings.json", [{"model": str(model)}])
+    write(folder / "rollouts.jsonl", [])
+    return folder
+
+
+def test_one_color_for_a_run_and_its_evaluation_and_stage_2_after_stage_1(tmp_path):
+    one = make_run(tmp_path / "one", "base", 20, reward=0.1, length=45.9, kl=1e-4)
+    two = make_run(tmp_path / "two", f"{one}/final/", 10, reward=0.2, length=46.4, kl=2e-4)
+    alone = make_run(tmp_path / "alone", "base", 30, reward=0.3, length=46.0)
+    evals = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for path, model in zip(evals, (f"{two}/final", "base", f"{one}/final"), strict=True):
+        write(path, [{"n": 2, "correct": 1, "model": model}] * 3)
+    shown = report_page.collect([alone, evals[1], two, one, *evals[::2]])
+    assert {s.name: s.offset for s in shown} == {
+        str(alone): 0,
+        str(two): 20,
+        str(one): 0,
+        "base": 0,
+    }
+    assert len({s.color for s in shown}) == 4 and [bool(s.counts) for s in shown] == [0, 1, 1, 1]
+    _, axes = pyplot.subplots(7)
+    report_page.draw_charts(shown, list(axes))
+    colors = {s.name: s.color for s in shown}
+    drawn = [line for line in axes[0].lines if len(line.get_xdata())]  # not those of the legend
+    reward = {line.get_color(): line.get_xdata() for line in drawn}
+    assert list(reward[colors[str(two)]]) == list(range(21, 31))
+    assert list(reward[colors[str(alone)]]) == list(range(1, 31))
+    rates = [line.get_color() for line in axes[6].lines]
+    assert sorted(rates) == sorted(colors[name] for name in (str(two), str(one), "base"))
+    limits = dict(zip(report_page.PANELS, (axis.get_ylim() for axis in axes), strict=False))
+    for name, (low, high) in limits.items():  # nothing is zoomed into
+        assert low < 0 and high == pytest.approx(
+            {"length": 1.06 * 46.4, "kl": 0.0106}.get(name, 1.06)
+        )
+    pyplot.close("all")
+
+
+def test_a_run_that_started_from_itself_ends(tmp_path):
+    """Whatever a settings.json says: a circle of runs is no endless loop."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    make_run(one, two / "final", 5, reward=0.1)
+    make_run(two, one / "final", 5, reward=0.1)
+    assert len(report_page.collect([one, two])) == 2
+
+
+def test_a_figure_of_an_unknown_kind_gets_a_line(tmp_path):
+    run = make_run(tmp_path / "one", "base", 2, reward=0.1)
+    with pytest.raises(SystemExit, match=r"--figure .*x\.txt: Format 'txt'") as stopped:
+        report_page.main([str(run), "--figure", str(tmp_path / "x.txt")])
+    assert "\n" not in str(stopped.value)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty folder", "run without a step", "text", "log"])

@@ -4,40 +4,25 @@ import copy
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 import toy_world
-from conftest import TESTS, read, steps_of, train_command, weights_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from conftest import TESTS, read, sample_with, steps_of, train_command, weights_of
+from transformers import LlamaForCausalLM
 
 import exprl
 import judge_prompts
 
 # ---- The update ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def make_completion(length, prompt_length, rewards, seed):
@@ -59,6 +44,7 @@ BATCH = [
 ]
 SETTINGS = {
     "method": "process",
+    "model": "",
     "updates_per_batch": 1,
     "temperature": 0.7,
     "clip_low": 0.2,
@@ -68,12 +54,12 @@ SETTINGS = {
 }
 
 
-def update(model, completions, reference=None, **changes):
+def update(model, completions, reference=None, loss_of=exprl.grpo_loss, **changes):
     """The weights after one update by plain gradient descent, as one vector, and its metrics."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     args = SimpleNamespace(**SETTINGS | changes)
-    metrics = exprl.update(model, reference, optimizer, completions, args)
+    metrics = exprl.update(model, reference, optimizer, completions, args, loss_of)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
 
 
@@ -100,110 +86,12 @@ def plain_logits(model, prompt, ids):
     return model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
 
 
-def baseline_batch(method, teacher_prompts=()):
-    """The batch of a method whose completions have neither scores nor answers."""
-    completions = [make_completion(*shape[:2], None, seed=i) for i, shape in enumerate(BATCH)]
-    for c, prompt in zip(completions, teacher_prompts, strict=False):
-        c.row["teacher_prompt_ids"] = prompt
-        c.correct = None
-    exprl.fill_advantages(completions, SimpleNamespace(method=method))
-    return completions
-
-
-@pytest.mark.parametrize("micro_batch, updates", [(8, 1), (2, 2)])
-def test_sft_is_cross_entropy_on_the_reference(model, micro_batch, updates):
-    completions = baseline_batch("sft")
-
-    def loss_of(model):
-        losses = [
-            torch.nn.functional.cross_entropy(
-                plain_logits(model, c.row["prompt_ids"], c.ids),
-                torch.tensor(c.ids),
-                reduction="sum",
-            )
-            for c in completions
-        ]
-        return sum(losses) / sum(len(c.ids) for c in completions)
-
-    expected, loss = plain_update(model, loss_of, updates)
-    changes = {"micro_batch": micro_batch, "updates_per_batch": updates}
-    weights, metrics = update(model, completions, method="sft", kl=1.0, **changes)
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert (expected - start).norm() > 0.05
-    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
-    assert metrics["cross_entropy"] == pytest.approx(loss, abs=1e-5)
-    assert metrics["ratio"] == pytest.approx(1, abs=1e-6) and metrics["clip_fraction"] == 0
-    plain = update(model, completions, method="sft", temperature=1.0, **changes)[0]
-    assert weights.equal(plain)  # whatever the temperature of sampling
-
-
-TEACHER_PROMPTS = [[7] * 9, [4, 5], [9, 8, 7, 6, 5, 4, 3], [3], [11, 12, 13, 14]]
-
-
-@pytest.mark.parametrize("micro_batch, updates", [(8, 1), (2, 2)])
-def test_distill_is_the_reverse_kl_to_a_teacher_with_another_prompt(model, micro_batch, updates):
-    torch.manual_seed(1)
-    teacher = LlamaForCausalLM(model.config).eval()  # one that could be trained, by mistake
-    completions = baseline_batch("distill", TEACHER_PROMPTS)
-
-    def loss_of(model):
-        total = 0
-        for c in completions:
-            log_s = (plain_logits(model, c.row["prompt_ids"], c.ids) / 0.7).log_softmax(-1)
-            with torch.no_grad():
-                logits = plain_logits(teacher, c.row["teacher_prompt_ids"], c.ids)
-            log_t = (logits / 0.7).log_softmax(-1)
-            total += (log_s.exp() * (log_s - log_t)).sum()
-        return total / sum(len(c.ids) for c in completions)
-
-    expected, loss = plain_update(model, loss_of, updates)
-    changes = {"micro_batch": micro_batch, "updates_per_batch": updates}
-    weights, metrics = update(model, completions, teacher, method="distill", kl=1.0, **changes)
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert (expected - start).norm() > 1e-3
-    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
-    assert metrics["teacher_kl"] == pytest.approx(loss, abs=1e-6) and loss > 1e-3
-    assert all(p.grad is None for p in teacher.parameters())
-
-
-def test_distill_from_oneself_with_one_s_own_prompt_changes_nothing(model):
-    prompts = [c.row["prompt_ids"] for c in baseline_batch("distill")]
-    _, metrics = update(
-        model, baseline_batch("distill", prompts), copy.deepcopy(model), method="distill"
-    )
-    assert metrics["teacher_kl"] == pytest.approx(0, abs=1e-6)
-    assert metrics["grad_norm"] == pytest.approx(0, abs=1e-5)
-
-
-def test_the_targets_of_sft_are_references_that_end():
-    tokenizer, references = toy_world.make_tokenizer(), ["### a29*3+7=94\n", "", r"\boxed{59}"]
-    rows = [{"reference": r, "question": "29a*3=", "answer": "94"} for r in references]
-    rows = exprl.tokenize_rows(rows, tokenizer, 99)
-    settings = SimpleNamespace(eos_token_id=[tokenizer.eos_token_id], max_new_tokens=5)
-    groups = exprl.read_references(rows, tokenizer, settings)
-    assert [len(group) for group in groups] == [1, 1, 1]
-    for row, [c] in zip(rows, groups, strict=True):
-        whole = [*tokenizer(row["reference"]).input_ids, tokenizer.eos_token_id]
-        assert c.ids == whole[:5] and c.cut == (len(whole) > 5)
-        assert c.correct is None and c.steps == [(0, len(c.ids))]
-        assert c.row["prompt_ids"] == exprl.policy_prompt(tokenizer, row["question"])
-    assert [c.cut for [c] in groups] == [True, False, False]
-    tokenizer.eos_token = None  # one of those that end a sample
-    assert exprl.read_references(rows, tokenizer, settings)[1][0].ids == settings.eos_token_id
-
-
 def test_the_update_does_not_depend_on_the_micro_batch(model):
     whole, one = update(model, batch()), update(model, batch(), micro_batch=1)
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert (whole[0] - start).norm() > 1e-3
     assert torch.allclose(whole[0], one[0], atol=1e-6)
     assert one[1] == pytest.approx(whole[1], abs=1e-5, nan_ok=True)
-
-
-def test_gradient_checkpointing_changes_nothing_but_memory(model):
-    plain = update(model, batch())[0]
-    model.activation_checkpointing_enable()
-    assert torch.allclose(update(model, batch())[0], plain, atol=1e-6)
 
 
 def test_a_completion_that_failed_is_not_in_the_loss(model):
@@ -290,15 +178,6 @@ def test_each_method_fills_the_same_field():
     assert completions[1].advantages[0] > 0 > completions[0].advantages[0]
 
 
-@pytest.mark.parametrize("method", ["sft", "distill"])
-def test_all_tokens_count_alike_where_nothing_is_judged(method):
-    completions = [judged(None), judged(None, steps=3)]
-    completions[0].correct = None
-    exprl.fill_advantages(completions, SimpleNamespace(method=method, group_size=2))
-    assert [c.advantages for c in completions] == [[1.0] * 2, [1.0] * 3]
-    assert math.isnan(completions[0].rewards[0]) and completions[1].rewards == [0.0]
-
-
 def test_accuracy_counts_only_problems_with_an_answer():
     completions = [judged([5]) for _ in range(4)]
     exprl.fill_advantages(completions, SimpleNamespace(method="outcome", group_size=2, no_std=True))
@@ -369,37 +248,12 @@ def test_the_reference_never_reaches_the_policy(train, tmp_path, tiny, monkeypat
     ]  # not masks, not advantages
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in fed]
     for r in read(run / "rollouts.jsonl"):
-        assert r["prompt"] == tokenizer.decode(exprl.policy_prompt(tokenizer, r["question"]))
+        assert r["prompt"] == tokenizer.decode(
+            judge_prompts.policy_prompt(tokenizer, r["question"])
+        )
         assert r["reference"] not in r["prompt"]
         assert not any(r["reference"].split("\n")[0] in text for text in texts)
         assert any(text.startswith(r["question"]) for text in texts)
-
-
-@pytest.mark.parametrize("method", ["process", "sft", "distill"])
-def test_only_the_teacher_s_prompt_holds_the_reference(train, tmp_path, tiny, method, monkeypatch):
-    """On every row that is sampled from or trained on."""
-    seen, sample_groups, update = [], exprl.sample_groups, exprl.update
-
-    def sample_spy(model, tokenizer, rows, *args):
-        seen.extend(rows)
-        return sample_groups(model, tokenizer, rows, *args)
-
-    def update_spy(model, initial, optimizer, completions, args):
-        seen.extend(c.row for c in completions)
-        return update(model, initial, optimizer, completions, args)
-
-    monkeypatch.setattr(exprl, "sample_groups", sample_spy)
-    monkeypatch.setattr(exprl, "update", update_spy)
-    train(tmp_path / "run", "--method", method)
-    references = {r["question"]: r["reference"] for r in read(tiny / "train.jsonl")}
-    _, tokenizer = exprl.find_model(str(tiny / "base"))
-    assert len(seen) >= 4
-    for row in seen:  # the toy template leaves out the instruction
-        assert tokenizer.decode(row["prompt_ids"]) == row["question"]
-        assert ("teacher_prompt_ids" in row) == (method == "distill")
-        if method == "distill":
-            expected = f"{references[row['question']]}\n\n{row['question']}"
-            assert tokenizer.decode(row["teacher_prompt_ids"]) == expected
 
 
 @pytest.mark.parametrize("method", ["process", "outcome", "sparse", "sft", "distill"])
@@ -421,45 +275,6 @@ def test_resumed_is_unbroken_to_the_bit(train, tmp_path, method, judge):
         assert last["teacher_kl"] > 0 and last["reward"] == last["accuracy"]
 
 
-@pytest.mark.parametrize("which", ["right", "none", "wrong"])
-def test_which_reference_the_judge_is_shown(train, tmp_path, tiny, judge, which):
-    rows, asked = read(tiny / "train.jsonl"), len(judge.requests)
-    run = train(tmp_path / "run", "--reference", which, "--seed", "3")
-    places = {row["question"]: i for i, row in enumerate(rows)}
-    basis = judge_prompts.BASIS["math"]["none" if which == "none" else "reference"]
-    kinds, shifts = set(), set()
-    for request in judge.requests[asked:]:
-        system, user = (message["content"] for message in request["messages"])
-        kinds.add(system.split("\n")[0])
-        assert basis in system
-        question, _, shown = user.removeprefix("## Problem\n").partition("\n\n## ")
-        shown = re.match(r"Reference solution\n(.*?\\boxed\{..\})\n", shown, re.DOTALL)
-        assert (shown is None) == (which == "none") == ("## Reference" not in user)
-        if shown:
-            holds = [i for i, row in enumerate(rows) if row["reference"] == shown[1]]
-            shifts |= {(places[question] - i) % len(rows) for i in holds}
-    assert len(kinds) == 2  # the checkpoints are made of it, too
-    assert len(shifts) == (which != "none") and (0 in shifts) == (which == "right")
-    expected = exprl.show_reference(rows, which, 3)
-    for r in read(run / "rollouts.jsonl"):
-        assert r["reference"] == expected[places[r["question"]]]["reference"]
-
-
-def test_a_wrong_reference_is_that_of_a_row_a_fixed_number_of_places_before():
-    rows = [{"question": f"{i}?", "reference": f"r{i}"} for i in range(7)]
-    shifts = []
-    for seed in (*range(9), 0):
-        shown = exprl.show_reference(rows, "wrong", seed)
-        assert [row["question"] for row in shown] == [row["question"] for row in rows]
-        all_shifts = {(i - int(row["reference"][1:])) % 7 for i, row in enumerate(shown)}
-        assert len(all_shifts) == 1 and 0 not in all_shifts
-        shifts += all_shifts
-    assert shifts[0] == shifts[-1] and len(set(shifts)) > 2
-    assert exprl.show_reference(rows, "right", 0) == rows
-    assert {row["reference"] for row in exprl.show_reference(rows, "none", 0)} == {""}
-    assert rows[3] == {"question": "3?", "reference": "r3"}
-
-
 def test_no_std_divides_by_nothing(train, tmp_path):
     run = train(tmp_path / "run", "--method", "outcome", "--no-std", "--steps", "3")
     rollouts, signal = read(run / "rollouts.jsonl"), 0
@@ -473,11 +288,11 @@ def test_no_std_divides_by_nothing(train, tmp_path):
 
 
 def test_domains_are_mixed_in_one_run(train, tmp_path, tiny):
-    """Only the problem of mathematics has an answer; one row takes its domain from the flag."""
+    """Only the problem of mathematics has an answer; it names no domain."""
     rows = read(tiny / "train.jsonl")[:3]
-    for row, domain in zip(rows, ["math", None, "code"], strict=True):
+    for row, domain in zip(rows, ["science", None, "code"], strict=True):
         row["domain"] = domain
-        if domain != "math":
+        if domain:
             del row["answer"]
             row["reference"] = row["reference"].partition("\n\\boxed")[0]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -493,10 +308,10 @@ def test_domains_are_mixed_in_one_run(train, tmp_path, tiny):
 
     server = toy_world.ChatServer(answer)
     run = train(
-        *(tmp_path / "run", "--data", tmp_path / "mixed.jsonl", "--domain", "science"),
+        *(tmp_path / "run", "--data", tmp_path / "mixed.jsonl"),
         *("--judge-url", server.url, "--prompts-per-step", "3"),
     )
-    domains = {row["question"]: row["domain"] or "science" for row in rows}
+    domains = {row["question"]: row["domain"] or "math" for row in rows}
     seen = []
     for request in server.requests:
         system, user = (message["content"] for message in request["messages"])
@@ -572,7 +387,7 @@ def test_an_interrupted_run_keeps_its_steps(train, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sample_groups(*args)
 
-    monkeypatch.setattr(exprl, "sample_groups", interrupted)
+    sample_with(monkeypatch, interrupted)
     with pytest.raises(SystemExit, match=r"interrupted.*--resume"):
         train(tmp_path / "a" / "run", "--steps", "4")
     monkeypatch.undo()
@@ -642,7 +457,7 @@ def test_torn_weights_get_a_line(train, tmp_path, tiny):
 
 
 def test_a_judge_that_fails_stops_the_run_and_nothing_is_lost(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(exprl, "JUDGE_RETRIES", 0)
+    monkeypatch.setitem(exprl.JUDGE_CLIENT, "max_retries", 0)
     good = toy_world.reply_to
     dead = toy_world.ChatServer(lambda request: (500, {"error": {"message": "no memory left"}}))
     with pytest.raises(
@@ -672,7 +487,7 @@ def test_a_group_is_judged_while_the_next_is_sampled(train, tmp_path, judge, mon
             asked.append(len(judge.requests))
             yield group
 
-    monkeypatch.setattr(exprl, "sample_groups", patient)
+    sample_with(monkeypatch, patient)
     flags = ["--steps", "1", "--prompts-per-step", "3", "--sample-batch", "4"]
     train(tmp_path / "run", *flags)
     assert len(asked) == 3 and asked[0] < asked[1] < asked[2]
@@ -706,7 +521,6 @@ FLAGS = {  # another value of each flag, and what it must change
     "--judge-input": ("alone", "judge_calls"),
     "--method": ("outcome", "weights"),
     "--sample-batch": ("4", "text"),
-    "--max-prompt-tokens": ("13", "stops"),
     "--micro-batch": ("1", "same"),
     "--judge-threads": ("1", "same"),
     "--save-every": ("1", "same"),
@@ -723,10 +537,6 @@ def baseline(tiny, judge, tmp_path_factory):
 @pytest.mark.parametrize("flag", FLAGS)
 def test_each_flag_has_its_effect(train, tmp_path, baseline, flag):
     value, effect = FLAGS[flag]
-    if effect == "stops":
-        with pytest.raises(SystemExit, match="every prompt has over 13 tokens"):
-            train(tmp_path / "run", flag, value)
-        return
     run = train(tmp_path / "run", flag, value)
     old, new = steps_of(baseline), steps_of(run)
     if effect == "weights":
@@ -747,30 +557,6 @@ def test_each_flag_has_its_effect(train, tmp_path, baseline, flag):
         )
     else:
         assert new[-1][effect] != old[-1][effect]
-
-
-def test_evaluation_during_a_run_and_the_curves(train, tmp_path, tiny):
-    held_out = [
-        "--eval-every",
-        "2",
-        "--eval-data",
-        str(tiny / "heldout.jsonl"),
-        "--eval-problems",
-        "3",
-        "--eval-samples",
-        "2",
-    ]
-    first = train(tmp_path / "first", "--steps", "3", *held_out)
-    tested = [r for r in read(first / "metrics.jsonl") if "eval" in r]
-    assert [r["step"] for r in tested] == [0, 2, 3] and set(tested[0]["eval"]) == {
-        "pass@1",
-        "pass@2",
-    }
-    assert len(read(first / "eval-000002.jsonl")) == 3
-    assert all(len(r["texts"]) == 2 for r in read(first / "eval-000003.jsonl"))
-    second = train(tmp_path / "second", "--method", "sft", "--model", first / "final")
-    exprl.main(["plot", str(first), str(second), "--out", str(tmp_path / "curves.png")])
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_eval_counts_tables_and_hard_problems(tiny, tmp_path, capsys):
@@ -797,8 +583,6 @@ def test_eval_counts_tables_and_hard_problems(tiny, tmp_path, capsys):
             *flags,
             "--save-hard",
             str(hard),
-            "--max-rate",
-            "0.2",
         ]
     )
     [path] = (tmp_path / "eval").iterdir()
@@ -806,7 +590,7 @@ def test_eval_counts_tables_and_hard_problems(tiny, tmp_path, capsys):
     assert len(counts) == 5 and all(c["n"] == len(c["texts"]) == 6 for c in counts)
     for c in counts:
         assert c["correct"] == sum(exprl.is_correct(text, c["answer"]) for text in c["texts"])
-    expected = {c["question"] for c in counts if c["correct"] <= 1}
+    expected = {c["question"] for c in counts if c["correct"] == 0}
     assert {r["question"] for r in read(hard)} == expected
     assert exprl.load_rows(str(hard), "train", needed=("question", "reference", "answer"))
     out = capsys.readouterr().out
@@ -851,14 +635,13 @@ def test_bootstrap_interval():
         (["--lr", "nan"], "argument --lr: nan"),
         (["--lr", "inf"], "argument --lr: inf"),
         (["--kl", "-1"], "argument --kl: -1.0 is "),
-        (["--domain", "art"], "argument --domain: invalid choice: 'art'"),
+        (["--method", "art"], "argument --method: invalid choice: 'art'"),
+        (["--judge-options", "{"], "argument --judge-options: invalid loads value: '{'"),
         (["--data", "ODD"], "ODD, line 2: has the domain art, not math or science or code"),
         (["--data", "OPEN", "--method", "sparse"], "line 2: has no answer (no column answer)"),
-        (["--data", "ONE", "--reference", "wrong"], "give two problems or more"),
         (["--method", "magic"], "--method"),
         (["--step", "3"], "--step"),
-        (["--eval-every", "1", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--eval-every", "1"], "--eval-every needs --eval-data"),
+        (["--eval-every", "1"], "unrecognized arguments: --eval-every"),
         (["--judge-url", "http://127.0.0.1:9/v1"], "cannot be reached"),
         (["--judge-url", ""], "OPENAI_API_KEY"),
     ],
@@ -923,28 +706,58 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(train, tmp_pat
     assert len(steps_of(run)) == 2
 
 
-def test_future_of_a_failed_rubric_is_no_verdict():
+def test_a_failed_rubric_is_no_verdict():
     """Without checkpoints there is nothing to judge by: the completion is out, not scored 1."""
     rubric = Future()
     rubric.set_result((None, "no list"))
     c = make_completion(8, 2, None, seed=0)
     c.text = "### some step"
     judge = SimpleNamespace(ask=lambda *_: pytest.fail("a call was made"))
-    assert exprl.Judge.judge(judge, c, "together", rubric)[0] is None
+    exprl.Judge.judge(judge, c, "together", rubric)
+    assert c.scores is None and c.judge_words == ["no list"]
 
 
 def test_every_flag_is_read():
-    """No dead flags: each is used by the code as args.NAME."""
+    """No dead flags: each is used by the code as settings.NAME."""
     source = (TESTS.parent / "exprl.py").read_text()
-    for _, flag, *_ in exprl.FLAGS:
-        assert f"args.{flag.lstrip('-').replace('-', '_')}" in source, flag
+    for kind in (exprl.TrainSettings, exprl.EvalSettings):
+        for field in fields(kind):
+            assert f"settings.{field.name}" in source, field.name
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["calibrate"], ["plot"], ["report"]])
-def test_help(command, capsys):
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"]])
+def test_help_and_settings(command, capsys):
+    """Every flag is there with its meaning and its default."""
     with pytest.raises(SystemExit) as stopped:
         exprl.main([*command, "--help"])
-    assert stopped.value.code == 0 and "usage: exprl.py" in capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "usage: " in text
+    for field in fields(exprl.EvalSettings if command == ["eval"] else exprl.TrainSettings):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert field.metadata["meaning"].replace("-", "") in text.replace("-", "")
+
+
+@pytest.mark.parametrize("program", ["report", "calibrate", "baselines"])
+def test_help_of_the_other_programs(program, capsys):
+    command = [sys.executable, str(TESTS / f"{program}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {program}.py"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["report", "plot", "calibrate"])
+def test_a_command_that_has_moved_is_named(name):
+    with pytest.raises(SystemExit, match=r"tests/(report|calibrate)\.py") as stopped:
+        exprl.main([name, "runs/some", "--out", "x"])
+    assert "\n" not in str(stopped.value)
+
+
+def test_training_does_not_load_what_only_draws():
+    code = "import sys, exprl; print('matplotlib' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=TESTS.parent, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_the_key_is_written_nowhere(train, tmp_path, monkeypatch):
@@ -954,22 +767,3 @@ def test_the_key_is_written_nowhere(train, tmp_path, monkeypatch):
     assert (run / "settings.json") in files
     assert not any(b"sk-very-secret" in f.read_bytes() for f in files)
     assert os.environ["OPENAI_API_KEY"] == "sk-very-secret"
-
-
-def test_an_interrupted_evaluation_is_made_good_on_resume(train, tiny, tmp_path, monkeypatch):
-    evaluate, calls = exprl.evaluate, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(*args)
-
-    monkeypatch.setattr(exprl, "evaluate", interrupted)
-    few = ["--eval-problems", "4", "--eval-samples", "2", "--eval-every", "2"]
-    flags = ["--method", "sparse", "--eval-data", str(tiny / "heldout.jsonl"), *few]
-    with pytest.raises(SystemExit, match="interrupted"):
-        train(tmp_path / "run", *flags)
-    train(tmp_path / "run", *flags, "--resume")
-    log = read(tmp_path / "run" / "metrics.jsonl")
-    assert [r["step"] for r in log if "eval" in r] == [0, 2] and len(calls) == 3

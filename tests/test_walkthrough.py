@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,18 @@ def test_exprl_raises_pass_at_1(tiny, train, tmp_path):
     run = train(
         *(tmp_path / "run", "--steps", "40", "--prompts-per-step", "8", "--group-size", "8"),
         *("--lr", "4e-4", "--kl", "0.02", "--updates-per-batch", "2", "--micro-batch", "64"),
-        *("--eval-every", "40", "--eval-data", tiny / "heldout.jsonl", "--eval-problems", "0"),
         *("--save-every", "100", "--sample-batch", "256"),
     )
-    before, after = (r["eval"]["pass@1"] for r in read(run / "metrics.jsonl") if "eval" in r)
+    models = [str(tiny / "base"), str(run / "final")]
+    flags = ["--data", str(tiny / "heldout.jsonl"), "--problems", "0", "--out", str(tmp_path)]
+    sampling = ["--temperature", "1", "--max-new-tokens", "60", "--sample-batch", "256"]
+    exprl.main(["eval", "--model", *models, *flags, *sampling])
+    rates = {}
+    for path in tmp_path.glob("*.jsonl"):
+        records = read(path)
+        if "texts" in records[-1]:
+            rates[records[0]["model"]] = exprl.pass_rates(records)["pass@1"]
+    before, after = (rates[model] for model in models)
     assert before[0] < 0.05
     assert after[1] > before[2] + 0.05  # the intervals are apart
 
@@ -37,10 +44,9 @@ def test_the_readme_s_first_command(walk, tmp_path):
     assert "<svg" in Path(page).read_text(encoding="utf-8")
     sparse_only = read(runs / "sparse-only" / "metrics.jsonl")
     assert [r["step"] for r in sparse_only] == [1, 2, 3]  # as many steps as both stages
-    url, name = (runs / "judge.url").read_text(), "toy-judge"
-    args = Namespace(judge_url=url, judge_model=name, judge_threads=1, max_judge_calls=0)
+    settings = exprl.JudgeSettings(judge_url=(runs / "judge.url").read_text())
     with pytest.raises(SystemExit, match="cannot be reached"):
-        exprl.Judge(args, tmp_path)
+        exprl.Judge(settings, tmp_path)
 
 
 def test_the_recipe_on_a_model_of_one_s_own(tiny, judge, tmp_path):
