@@ -49,7 +49,7 @@ from math_verify import parse, verify
 from pandas import DataFrame
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
@@ -70,10 +70,10 @@ class SamplingSettings:
     """Which problems there are, and how completions of them are sampled."""
 
     data: str = setting("gsm8k, math, FILE.jsonl or HUB_ID[:CONFIG]", "gsm8k")
-    temperature: float = setting("of the policy (paper: 0.8)", 0.8, at_least=0.01)
+    temperature: float = setting("of sampling (paper: 0.8)", 0.8, at_least=0.01)
     max_new_tokens: int = setting("length cap of a completion (paper: 16384)", 512, at_least=1)
     sample_batch: int = setting("completions in one call of generate", 64, at_least=1)
-    seed: int = setting("of sampling and of the order of problems", 0, at_least=0)
+    seed: int = setting("of sampling and of each step's choice of problems", 0, at_least=0)
 
 
 @dataclass(kw_only=True)
@@ -82,10 +82,10 @@ class JudgeSettings:
 
     judge_model: str = setting("the judge's name at its API", "gpt-4.1-mini")
     judge_url: str = setting("its API (or $OPENAI_BASE_URL, or OpenAI's)", "")
-    judge_options: dict = setting("JSON, of a call", '{"temperature": 0, "max_tokens": 2048}')
+    judge_options: dict = setting("of a call, JSON", '{"temperature": 0, "max_tokens": 2048}')
     judge_threads: int = setting("judge calls at a time", 16, at_least=1)
     max_judge_calls: int = setting("stop after so many paid calls; 0: no limit", 0, at_least=0)
-    rubric: str = setting("of the reference", "checkpoints", choices=("checkpoints", "none"))
+    rubric: str = setting("of a reference", "checkpoints", choices=("checkpoints", "none"))
 
 
 @dataclass(kw_only=True)
@@ -104,7 +104,7 @@ class TrainSettings(JudgeSettings, SamplingSettings):
     updates_per_batch: int = setting("optimizer steps on a batch (paper: 1, 2)", 1, at_least=1)
     lr: float = setting("learning rate of AdamW after 5 steps (paper: 1e-6)", 1e-6, at_least=0)
     kl: float = setting("weight of the KL to the initial policy (paper: .001)", 0.001, at_least=0)
-    no_std: bool = setting("A = r - mean, not divided by the std (paper: in stage 2)", False)
+    no_std: bool = setting("outcome, sparse: A = r - mean (paper: in stage 2)", False)
     clip_low: float = setting("the ratio is clipped at 1 - X (paper: .2)", 0.2, at_least=0)
     clip_high: float = setting("and at 1 + X (paper: .28, process .26)", 0.28, at_least=0)
     micro_batch: int = setting("completions in one backward pass", 4, at_least=1)
@@ -209,7 +209,7 @@ def load_rows(source: str, split: str, n=0, needed=("question", "answer")) -> li
 
 def is_correct(completion: str, answer: str) -> bool:
     r"""The sparse reward, and accuracy in every log: of the last \boxed{}, else the last number."""
-    numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", completion)
+    numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", completion)  # 8-3: 8, 3
     candidate = last_boxed(completion) or (numbers[-1] if numbers else "")
     return bool(candidate) and verify(parse(f"${answer}$"), parse(f"${candidate}$"))
 
@@ -219,8 +219,8 @@ def find_model(name: str) -> tuple:
     """(folder or hub id, tokenizer); a short name gets its owner. Stops if there is no model."""
     known = {"Qwen": "Qwen", "SmolLM": "HuggingFaceTB", "Llama": "meta-llama", "gemma": "google"}
     owners = [owner for family, owner in known.items() if name.startswith(family)]
-    is_short = owners and "/" not in name and not Path(name).is_dir()
-    source = f"{owners[0]}/{name}" if is_short else name
+    is_whole = "/" in name or Path(name).is_dir() or not owners
+    source = name if is_whole else f"{owners[0]}/{name}"
     try:
         return source, AutoTokenizer.from_pretrained(source)
     except Exception as error:
@@ -269,8 +269,8 @@ def set_sampling(model, tokenizer, prompt_ids: list[int], settings: SamplingSett
     ids = torch.tensor([prompt_ids], device=model.device)
     told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, **told)
-    for scores, logits in zip(out.scores, out.logits, strict=True):
-        if not torch.allclose(scores, logits / settings.temperature, atol=1e-4):
+    for processed, logits in zip(out.scores, out.logits, strict=True):
+        if not torch.allclose(processed, logits / settings.temperature, atol=1e-4):
             stop("`generate` samples from something else than softmax(logits / temperature)")
 
 
@@ -311,7 +311,8 @@ class Completion:
 def read_completion(row: dict, ids: list[int], tokenizer, eos_ids: list[int]) -> Completion:
     """Token ids decoded, split into steps, the answer checked."""
     decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-    text, steps = decode(ids), split_steps([decode([token]) for token in ids])
+    text = decode(ids)
+    steps = split_steps([decode([token]) for token in ids])  # singly: a step is a span of tokens
     step_texts = [decode(ids[start:end]) for start, end in steps]
     correct = is_correct(text, row["answer"]) if row["answer"] else None
     return Completion(row, ids, text, correct, ids[-1] not in eos_ids, steps, step_texts)
@@ -325,8 +326,7 @@ def sample_groups(model, tokenizer, rows: list, n: int, batch: int) -> Iterator[
         prompts = [row["prompt_ids"] for row in part]
         input_ids = pad_left(prompts, model.device, config.pad_token_id)  # (B, P)
         attention_mask = pad_left([[1] * len(prompt) for prompt in prompts], model.device)
-        sampled = model.generate(input_ids, attention_mask=attention_mask)  # (B, P + T)
-        tokens = sampled[:, input_ids.shape[1] :]
+        tokens = model.generate(input_ids, attention_mask=attention_mask)[:, input_ids.shape[1] :]
         masks = completion_mask(tokens, set(config.eos_token_id))
         for row, ids, mask in zip(part, tokens, masks, strict=True):
             ids = ids[mask].tolist()
@@ -352,11 +352,10 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     borders = [match.start() for match in re.finditer(r"^###", text, re.MULTILINE)]
     if not borders:
         borders = [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]
-
-    starts, places = [0], np.cumsum([0, *map(len, pieces)])  # where each token begins in the text
+    starts, ends = [0], np.cumsum([len(piece) for piece in pieces])  # ends: places in the text
     for border in borders:
-        start = int(np.searchsorted(places[1:], border, "right"))  # the token that holds the border
-        before, after = text[places[starts[-1]] : places[start]], text[places[start] :]
+        start = int((ends <= border).sum())  # the token that holds the border
+        before, after = "".join(pieces[starts[-1] : start]), "".join(pieces[start:])
         if re.search(r"\w", before) and re.search(r"\w", after):
             starts.append(start)
     starts = starts[:MAX_STEPS]
@@ -420,7 +419,7 @@ class Judge:
             stop(f"{self.name} cannot be reached: {error.__cause__ or error}")
 
     def submit(self, group: list[Completion], kind: str) -> list[Future]:
-        """Hand the completions of one problem to the threads, and before them its rubric."""
+        """Hand a problem's completions to the threads. They wait for its rubric, asked first."""
         rubric = None
         if self.settings.rubric == "checkpoints":
             messages = judge_messages("rubric", group[0].row)
@@ -428,7 +427,7 @@ class Judge:
         return [self.pool.submit(self.judge, c, kind, rubric) for c in group]
 
     def wait(self, completions: list[Completion], verdicts: list[Future]) -> None:
-        """Until each completion has its scores, or has failed; stops if most have."""
+        """Until each completion has its scores or has failed. Stops if most have failed."""
         for verdict in verdicts:
             verdict.result()
         if sum(c.scores is None for c in completions) > len(completions) / 2:
@@ -446,7 +445,6 @@ class Judge:
         if checkpoints is None:
             c.judge_words = [reply]
             return
-
         c.rubric, scores = checkpoints, []
         labels = [f"Step {t + 1}" for t in range(n_scores)] if kind == "together" else ["Score"]
 
@@ -465,9 +463,9 @@ class Judge:
     def ask(self, messages: list[dict], parse: Callable) -> tuple:
         """(parse(reply), reply), from the cache or the server; (None, words) if it fails."""
         asked = [self.settings.judge_model, self.settings.judge_options, messages]
-        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        if key in self.cache:
-            return parse(self.cache[key]), self.cache[key]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        if digest in self.cache:
+            return parse(self.cache[digest]), self.cache[digest]
         for _ in range(JUDGE_ASKS):
             try:
                 reply = self.request(messages)
@@ -476,8 +474,8 @@ class Judge:
                 return None, f"(no verdict: {self.last_error})"
             if parse(reply) is not None:
                 with self.lock:
-                    self.cache[key] = reply
-                    write_log(self.cache_path, [{"key": key, "reply": reply}])
+                    self.cache[digest] = reply
+                    write_log(self.cache_path, [{"key": digest, "reply": reply}])
                 return parse(reply), reply
             again = {"role": "user", "content": judge_prompts.ASK_AGAIN}
             messages = [*messages[:2], {"role": "assistant", "content": reply or "(empty)"}, again]
@@ -528,7 +526,7 @@ def group_advantages(rewards: Tensor, valid: Tensor, group_size: int, divide=Tru
         members = begin + valid[begin : begin + group_size].nonzero().flatten()
         r = rewards[members]
         if len(r) > 1 and r.max() > r.min():
-            advantages[members] = (r - r.mean()) / (r.std() + 1e-6 if divide else 1)
+            advantages[members] = (r - r.mean()) / ((r.std() + 1e-6) if divide else 1)
     return advantages
 
 
@@ -541,8 +539,8 @@ def step_advantages(step_rewards: list[list[float]], norm: str) -> list[list[flo
     No standard deviation. Judged completions only; none gives []. ValueError for another norm.
 
     Why A_1 has s_T under delta: the other differences telescope to s_T - s_1, and it takes that
-    away. So they sum to 0: credit moves between the steps of a completion, and having many steps
-    pays nothing. A completion that is one step gets s_1 - s_1 = 0: nor does leaving out the ###.
+    away. So the steps sum to 0: credit moves from some to others (in the loss times their tokens),
+    and more steps are no more pay. One step alone gets s_1 - s_1 = 0: leaving out ### pays nothing.
     >>> [step_advantages([[0.25, 1.0], [0.5]], norm) for norm in ("delta", "end", "group")]
     [[[-0.75, 0.75], [0.0]], [[-0.75, 1.0], [0.5]], [[-0.3125, 0.4375], [-0.0625]]]
     """
@@ -557,14 +555,13 @@ def step_advantages(step_rewards: list[list[float]], norm: str) -> list[list[flo
 
 
 def fill_advantages(completions: list[Completion], settings: TrainSettings) -> None:
-    """Rewards and, for each step, the advantage. Where the judge failed there are none, and the
-    completion is in no baseline and no loss: a 0 would punish it for the judge's mistake."""
+    """Rewards and, for each step, the advantage. Where the judge failed there is no reward, and the
+    completion is in no baseline and no loss: a reward of 0 would punish it for that."""
     for c in completions:
         if settings.method == "sparse":
             c.rewards = [float(c.correct)]
         elif c.scores is not None:
             c.rewards = [(score - 1) / 4 for score in c.scores]
-
     if settings.method == "process":
         for group in chunks(completions, settings.group_size):
             valid = [c for c in group if c.rewards is not None]
@@ -573,8 +570,8 @@ def fill_advantages(completions: list[Completion], settings: TrainSettings) -> N
                 c.advantages = advantages
     else:  # outcome, and stage 2 (sparse)
         rewards = torch.tensor([c.rewards[0] if c.rewards else 0.0 for c in completions])
-        valid = torch.tensor([c.rewards is not None for c in completions])
-        by_group = group_advantages(rewards, valid, settings.group_size, not settings.no_std)
+        judged = torch.tensor([c.rewards is not None for c in completions])
+        by_group = group_advantages(rewards, judged, settings.group_size, not settings.no_std)
         for c, advantage in zip(completions, by_group.tolist(), strict=True):
             c.advantages = [advantage] * len(c.steps)
 
@@ -599,7 +596,7 @@ def token_logprobs(model, input_ids, attention_mask, n_completion, temperature) 
 
     logits = completion_logits(model, input_ids, attention_mask, n_completion)
     rows = zip(logits, input_ids[:, -n_completion:], strict=True)
-    return torch.stack([checkpoint(pick, *row, use_reentrant=False) for row in rows])
+    return torch.stack([recompute_in_backward(pick, *row, use_reentrant=False) for row in rows])
 
 
 def policy_loss(logp, logp_old, advantages, mask, clip_low, clip_high, denominator) -> Tensor:
@@ -607,7 +604,7 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low, clip_high, denominat
     mask they may be NaN or infinite: neither the loss nor its gradient sees that.
     L = - sum over the mask of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / denominator,
     rho = exp(logp - logp_old). The denominator is the number of tokens of the whole optimizer step,
-    not of a micro-batch. At rho = 1 the value is minus the mean advantage, often 0, yet it trains.
+    not of a micro-batch. At rho = 1 its value is minus the mean advantage: near 0, yet it trains.
     >>> old, ones = torch.tensor([[0.5, 0.5]]).log(), torch.ones(1, 2)
     >>> logp = torch.tensor([[0.5, 0.9]]).log()  # rho is 1 and 1.8, the second clipped at 1.28
     >>> round(policy_loss(logp, old, ones, ones.bool(), 0.2, 0.28, 2).item(), 3)
@@ -632,8 +629,9 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
 
 
 def collate(completions: list[Completion], model, prompt: str = "prompt_ids") -> dict:
-    """mask, advantages (B, T): each step's, for all of its tokens; and as inputs what comes after
-    the model in completion_logits: ids and attention mask (B, P + T), and T."""
+    """advantages (B, T), each step's for all of its tokens, and the mask of these tokens; inputs:
+    (B, P + T) ids and attention mask, and T. All rows end in the last column, short ones begin
+    later: there, the first of the T columns hold prompt or padding, which the mask leaves out."""
     pad = functools.partial(pad_left, device=model.device)
     advantages = []
     for c in completions:
@@ -652,7 +650,7 @@ def frozen_logprobs(model, initial, inputs: tuple, settings: TrainSettings) -> d
     """What an update is compared with: (B, T) log-probs "old", of the policy that sampled, for the
     ratio rho, and "ref", of the initial policy, for the KL. `generate` computed the old ones with
     other rounding (token by token, with a cache); rho has to be 1 as long as no weight has moved,
-    so they come from the new ones' function. One update a batch: rho is 1, so old is not needed."""
+    so both sides come from token_logprobs. With one update a batch rho is 1: no old is needed."""
     old = ref = None
     if settings.updates_per_batch > 1:
         old = token_logprobs(model, *inputs, settings.temperature)
@@ -668,15 +666,13 @@ def grpo_loss(model, batch: dict, n_tokens: int, settings: TrainSettings) -> tup
     logp = token_logprobs(model, *batch["inputs"], settings.temperature)
     old = logp.detach() if batch["old"] is None else batch["old"]
     loss = policy_loss(logp, old, advantages, mask, low, high, n_tokens)
-    kl = torch.tensor(math.nan)  # unknown without the initial model
-    if ref is not None:
-        kl = torch.where(mask, kl_to_reference(logp, ref), 0.0).sum() / n_tokens
-        loss = loss + settings.kl * kl
-
     rho = torch.exp(logp.detach() - old)
-    clipped = (rho > 1 + high) & (advantages > 0) | (rho < 1 - low) & (advantages < 0)
+    clipped = ((rho > 1 + high) & (advantages > 0)) | ((rho < 1 - low) & (advantages < 0))
     logged = {"entropy": -old, "ratio": rho, "clip_fraction": clipped}  # entropy: E[-log pi]
-    return loss, {"kl": kl} | {k: v[mask].sum() / n_tokens for k, v in logged.items()}
+    if ref is not None:
+        logged["kl"] = kl_to_reference(logp, ref)
+        loss = loss + settings.kl * torch.where(mask, logged["kl"], 0.0).sum() / n_tokens
+    return loss, {name: values[mask].sum() / n_tokens for name, values in logged.items()}
 
 
 def update(model, initial, optimizer, completions: list, settings, loss_of=grpo_loss) -> dict:
@@ -690,7 +686,6 @@ def update(model, initial, optimizer, completions: list, settings, loss_of=grpo_
     for part in chunks(trained, settings.micro_batch):
         batch = collate(part, model)
         batches.append(batch | frozen_logprobs(model, initial, batch["inputs"], settings))
-
     for _ in range(settings.updates_per_batch):
         sums = {}
         for batch in batches:
@@ -727,13 +722,13 @@ class Run:
         self.step = self.saved = self.state["step"]
         for path in (self.out / "metrics.jsonl", self.out / "rollouts.jsonl"):
             path.touch()  # and forget what came after the checkpoint
-            write_log(path, [r for r in read_log(path) if r["step"] <= self.step > 0], "w")
+            write_log(path, [r for r in read_log(path) if r["step"] <= self.step], "w")
 
     def start(self, settings: TrainSettings, model, optimizer, paid: dict) -> None:
         """Give what the checkpoint holds to its owners, and write down the settings."""
         self.owners, self.paid = {"model": model, "optimizer": optimizer}, paid
         if self.step:
-            paid |= self.state["paid"]
+            paid.update(self.state["paid"])
             for name, owner in self.owners.items():
                 owner.load_state_dict(self.state.pop(name))  # not to be held twice
         sampling = {"sampling": model.generation_config.to_diff_dict()}
@@ -773,13 +768,10 @@ def measure(completions: list[Completion], group_size: int) -> dict[str, float]:
     return {name: float(np.mean(value)) for name, value in values.items()}
 
 
-def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=grpo_loss):
-    """Train a model by one of the methods: sample, judge, advantage, update, log."""
-    needed = ("question", "answer" if settings.method == "sparse" else "reference")
-    rows = rows or load_rows(settings.data, "train", needed=needed)
-    n_prompts, group_size = settings.prompts_per_step, settings.group_size
-    if len(rows) < n_prompts:
-        stop(f"--prompts-per-step {n_prompts}: {settings.data} has {len(rows)} problems")
+def set_up(settings: TrainSettings, rows: list[dict]) -> tuple:
+    """(run, judge, tokenizer, model, initial, optimizer). Bad input stops before models load."""
+    if len(rows) < settings.prompts_per_step:
+        stop(f"--prompts-per-step {settings.prompts_per_step}: there are {len(rows)} problems")
     run = Run(settings)
     judge = Judge(settings, run.out.parent) if settings.method in ("process", "outcome") else None
     source, tokenizer = find_model(settings.model)
@@ -790,14 +782,21 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
     initial = load_model(source).requires_grad_(False) if settings.kl else None
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     run.start(settings, model, optimizer, judge.paid if judge else {})
-    steps = range(run.step + 1, settings.steps + 1)
+    return run, judge, tokenizer, model, initial, optimizer
+
+
+def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=grpo_loss):
+    """Train a model by one of the methods: sample, judge, advantage, update, log."""
+    needed = ("question", "answer" if settings.method == "sparse" else "reference")
+    rows = rows or load_rows(settings.data, "train", needed=needed)
+    run, judge, tokenizer, model, initial, optimizer = set_up(settings, rows)
+    n_prompts, group_size = settings.prompts_per_step, settings.group_size
     kind = settings.judge_input if settings.method == "process" else settings.method
+    steps = range(run.step + 1, settings.steps + 1)
     print(f"run: {run.out}, {settings.method}, {len(rows)} problems, {run.step} steps done")
     if judge:
-        calls = group_size * (MAX_STEPS if kind in ("prefix", "alone") else 1) + 1
-        calls, prompt = calls * n_prompts * len(steps), len(str(judge_messages(kind, rows[0]))) / 4
-        tokens = f"{calls * (prompt + settings.max_new_tokens + 400) / 1e6:.1f}M tokens"
-        print(f"{judge.name}: up to {calls:,} calls, {tokens}; more if replies lack a score")
+        calls = group_size * (MAX_STEPS if kind in ("prefix", "alone") else 1) + 1  # a problem
+        print(f"{judge.name}: up to {calls * n_prompts * len(steps):,} calls, if nothing is cached")
     bar = tqdm(steps, settings.method, settings.steps, initial=run.step)
     try:
         for step in bar:
@@ -805,7 +804,6 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
             rng = np.random.default_rng([settings.seed, step])
             problems = [rows[i] for i in rng.choice(len(rows), n_prompts, replace=False)]
             completions, verdicts, clock = [], [], [time.monotonic()]
-
             for group in sample(model, tokenizer, problems, group_size, settings.sample_batch):
                 completions += group  # 1. sample
                 if judge:  # while the next group is sampled
@@ -826,7 +824,6 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
             phases = ("seconds_sample", "seconds_judge", "seconds_update")
             metrics |= zip(phases, np.diff(clock).tolist(), strict=True)
             run.log(step, metrics, completions, tokenizer)  # 5. log
-
             bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy")} | run.paid)
             if step % settings.save_every == 0 or step == settings.steps:
                 run.save()
@@ -899,11 +896,11 @@ def evaluate(settings: EvalSettings) -> None:
 
 
 # ---- Command line --------------------------------------------------------------------------------
-def read_flags(kind: type, argv: list[str], description: str):
+def read_flags(settings_class: type, argv: list[str], description: str):
     """Settings of this class from its flags, one a field. Wrong ones end the program."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    for f in fields(kind):
+    for f in fields(settings_class):
         flag = {"help": f.metadata["meaning"]}
         if f.type is bool:
             flag["action"] = "store_true"
@@ -914,20 +911,21 @@ def read_flags(kind: type, argv: list[str], description: str):
             flag["choices"] = f.metadata.get("choices")
             flag["help"] += "" if f.default == "" else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), **flag)
-    settings = kind(**vars(parser.parse_args(argv)))
-    for f in fields(kind):
+    settings = settings_class(**vars(parser.parse_args(argv)))
+    for f in fields(settings_class):
         value, smallest = getattr(settings, f.name), f.metadata.get("at_least")
         if smallest is not None and not smallest <= value < math.inf:
-            flag = "--" + f.name.replace("_", "-")
-            parser.error(f"argument {flag}: {value} is no number of {smallest} or more")
+            parser.error(
+                f"argument --{f.name.replace('_', '-')}: {value} is not {smallest} or more"
+            )
     return settings
 
 
-def run_command(command: Callable, kind: type, argv: list[str], description: str) -> None:
+def run_command(command: Callable, settings_class: type, argv: list[str], about: str) -> None:
     """Call it with its settings; what goes wrong outside of this file ends it with one line."""
     logging.disable_progress_bar()
     try:
-        command(read_flags(kind, argv, description))
+        command(read_flags(settings_class, argv, about))
     except KeyboardInterrupt:
         stop("interrupted; a training run goes on from its last checkpoint with --resume")
     except torch.OutOfMemoryError:
@@ -942,8 +940,10 @@ def main(argv: list[str] | None = None) -> None:
     name, *flags = argv if argv and argv[0][0] != "-" else ["train", *argv]
     if name not in ("train", "eval"):
         stop(f"no command {name}; see tests/report.py (report, plot) and tests/calibrate.py")
-    command, kind = (evaluate, EvalSettings) if name == "eval" else (train, TrainSettings)
-    run_command(command, kind, flags, kind.__doc__ if name == "eval" else __doc__)
+    if name == "eval":
+        run_command(evaluate, EvalSettings, flags, EvalSettings.__doc__)
+    else:
+        run_command(train, TrainSettings, flags, __doc__)
 
 
 if __name__ == "__main__":

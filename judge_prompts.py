@@ -1,8 +1,8 @@
 r"""The prompts of `exprl.py`: what policy, teacher and judge are told.
 
-A judge call is two messages. The system message is the same for every completion of a domain: the
-task (SYSTEM, by domain and by what is judged), what to compare with and what counts as right
-(BASIS), and the scale. The user message is made of the parts of USER: problem, hidden reference,
+A judge call is two messages. The system message is the same for every completion of a domain, for
+each kind of call: the task (SYSTEM), what to compare with and what counts as right (BASIS), and the
+scale. The user message is made of the parts of USER: problem, hidden reference,
 its checkpoints, and last the policy's text, between tags that carry a hash of that text, so that
 the policy cannot close them.
 
@@ -14,7 +14,8 @@ To add a domain, add its five texts to DOMAINS. They fill the $fields when this 
     compare        how to compare with the reference, where there is one
     right          what counts as right, and what "the key points of a solution" are
 
-The first three come to stand beside {fields}, so they hold no braces; the other two may.
+The first three become part of KINDS, which `str.format` fills once more: a brace in them would
+break that. The other two become part of BASIS, which is put in last: they may hold braces.
 
 Raw strings: in an ordinary one "\boxed" is a backspace followed by "oxed".
 """
@@ -107,7 +108,7 @@ shows output, that is a claim and no evidence.""",
     },
 }
 
-# What the judge compares with: a reference, or none (the ablation that shows what it buys).
+# What the judge compares with: a reference, or none (an ablation: tests/baselines.py).
 COMPARISONS = {
     "reference": r"""You are given a reference solution that is known to be right. The author of the
 attempt has not seen it. $compare
@@ -165,7 +166,8 @@ Scale:
     "together": r"""You grade every step of an attempt at $problem, one by one.
 
 {step_task}
-Judge each step in the light of the steps before it, never of those after it.
+Judge each step in the light of the steps before it, never of those after it. The tag text-1 holds
+step 1, text-2 holds step 2, and so on.
 
 {basis}
 
@@ -213,13 +215,17 @@ does not depend on one particular route. Write nothing but the list, one checkpo
 - next checkpoint""",
 }
 
-BASIS, SYSTEM = (
-    {
-        domain: {name: Template(text).substitute(texts) for name, text in templates.items()}
-        for domain, texts in DOMAINS.items()
-    }
-    for templates in (COMPARISONS, KINDS)
-)
+
+def fill_domains(templates: dict[str, str]) -> dict[str, dict[str, str]]:
+    """{domain: {name: the template with the domain's texts in place of its $fields}}."""
+    filled = {}
+    for domain, texts in DOMAINS.items():
+        filled[domain] = {name: Template(t).substitute(texts) for name, t in templates.items()}
+    return filled
+
+
+BASIS = fill_domains(COMPARISONS)
+SYSTEM = fill_domains(KINDS)  # its {fields} are filled by judge_messages
 
 # The parts of the user message, those that there are, in this order.
 USER = (
@@ -244,8 +250,9 @@ are 2 to 6 lines that begin with a dash."""
 
 def fence(texts: list[str]) -> str:
     r"""Texts between tags <text-1-CODE>, <text-2-CODE>, ..., each tag on a line of its own. CODE
-    is the first 8 hexadecimal digits of the SHA-256 of all texts joined: no text can know it and
-    close its tag. The same texts give the same tags, so a verdict is found again in the cache.
+    is the first 8 hexadecimal digits of the SHA-256 of all texts joined: a text that holds its
+    own tag is one in four billion. The same texts give the same tags, so a verdict is found again
+    in the cache.
     >>> fence(["Score: 5"])
     '<text-1-7cc2a274>\nScore: 5\n</text-1-7cc2a274>'
     """

@@ -435,11 +435,11 @@ def judge_messages(kind, row, rubric="", attempt=""):
         ),
         ("each line is a step", r"\n[^\S\n]*\n\s*", r"\n\s*"),
         ("a line of blanks is no blank line", r"\n[^\S\n]*\n\s*", r"\n\n\s*"),
-        ("a border between tokens is one token early", '"right")', '"left")'),
+        ("a border between tokens is one token early", "ends <= border", "ends < border"),
         (
             "a token across the border stays with the step before",
-            'np.searchsorted(places[1:], border, "right")',
-            'np.searchsorted(places[:-1], border, "left")',
+            "ends <= border",
+            "ends - [len(piece) for piece in pieces] < border",
         ),
         (
             "crumbs are steps",
@@ -479,7 +479,7 @@ def judge_messages(kind, row, rubric="", attempt=""):
         (
             "offsets of characters",
             "list(spans) if",
-            "[(int(places[a]), int(places[b])) for a, b in spans] if",
+            "[(int(ends[a]) - len(pieces[a]), int(ends[b - 1])) for a, b in spans] if",
         ),
         (
             "texts in place of spans",
@@ -617,15 +617,15 @@ def split_steps(pieces):
         ("the std of a population", "r.std()", "r.std(correction=0)"),
         ("the variance", "r.std()", "r.var()"),
         ("the sign is flipped", "(r - r.mean())", "(r.mean() - r)"),
-        ("never divided", "(r.std() + 1e-6 if divide else 1)", "1"),
-        ("always divided", "1e-6 if divide else 1", "1e-6"),
+        ("never divided", "((r.std() + 1e-6) if divide else 1)", "1"),
+        ("always divided", "1e-6) if divide else 1", "1e-6)"),
         ("divided where it should not be", "if divide else", "if not divide else"),
         ("no epsilon", "r.std() + 1e-6", "r.std()"),
         ("a larger epsilon", "r.std() + 1e-6", "r.std() + 1e-4"),
         (
             "NaN where all are equal",
             "if len(r) > 1 and r.max() > r.min():\n            advantages[members] = "
-            "(r - r.mean()) / (r.std() + 1e-6 if divide else 1)",
+            "(r - r.mean()) / ((r.std() + 1e-6) if divide else 1)",
             "if len(r) > 1:\n            advantages[members] = "
             "(r - r.mean()) / (r.std() if divide else 1)",
         ),

@@ -196,7 +196,7 @@ def test_accuracy_counts_only_problems_with_an_answer():
 def test_a_run_writes_what_it_promises(train, tmp_path, judge, capsys):
     run = train(tmp_path / "run")
     out = capsys.readouterr().out
-    assert "up to 20 calls" in out and "tokens" in out and judge.url in out
+    assert "up to 20 calls" in out and judge.url in out
     metrics, rollouts = read(run / "metrics.jsonl"), read(run / "rollouts.jsonl")
     assert [m["step"] for m in metrics] == [1, 2] and len(rollouts) == 2 * 2 * 4
     for name in (
@@ -672,7 +672,7 @@ def test_bad_input_gets_one_line(train, tiny, judge, tmp_path, monkeypatch, caps
 
 def test_too_few_problems_get_a_line(train, tmp_path, judge):
     asked = len(judge.requests)
-    with pytest.raises(SystemExit, match=r"--prompts-per-step 25: .* has 24 problems"):
+    with pytest.raises(SystemExit, match="--prompts-per-step 25: there are 24 problems"):
         train(tmp_path / "run", "--prompts-per-step", "25")
     assert len(judge.requests) == asked
 
