@@ -59,10 +59,11 @@ from judge_prompts import fence, judge_inputs, judge_messages, policy_prompt
 
 
 # ---- Settings: each field is a flag; "paper:" gives the paper's value, where it has one ----------
-def setting(meaning: str, default=MISSING, **limits):
-    """A field of a settings class: what --help says, its default (none: it has to be given), and
-    as limits its `choices` or the smallest number that it takes, `at_least`."""
-    return field(default=default, metadata={"meaning": meaning, **limits})
+def setting(meaning: str, *values, at_least: float | None = None):
+    """A field of a settings class: what --help says, its default (without, it has to be given; of
+    several values, the choices, the first is it), and the smallest number that it takes."""
+    told = {"meaning": meaning, "choices": values if len(values) > 1 else None}
+    return field(default=[*values, MISSING][0], metadata=told | {"at_least": at_least})
 
 
 @dataclass(kw_only=True)
@@ -70,7 +71,7 @@ class SamplingSettings:
     """Which problems there are, and how completions of them are sampled."""
 
     data: str = setting("gsm8k, math, FILE.jsonl or HUB_ID[:CONFIG]", "gsm8k")
-    temperature: float = setting("of sampling (paper: 0.8)", 0.8, at_least=0.01)
+    temperature: float = setting("temperature of sampling (paper: 0.8)", 0.8, at_least=0.01)
     max_new_tokens: int = setting("length cap of a completion (paper: 16384)", 512, at_least=1)
     sample_batch: int = setting("completions in one call of generate", 64, at_least=1)
     seed: int = setting("of sampling and of each step's choice of problems", 0, at_least=0)
@@ -82,10 +83,10 @@ class JudgeSettings:
 
     judge_model: str = setting("the judge's name at its API", "gpt-4.1-mini")
     judge_url: str = setting("its API (or $OPENAI_BASE_URL, or OpenAI's)", "")
-    judge_options: dict = setting("of a call, JSON", '{"temperature": 0, "max_tokens": 2048}')
+    judge_options: dict = setting("of each call, JSON", '{"temperature": 0, "max_tokens": 2048}')
     judge_threads: int = setting("judge calls at a time", 16, at_least=1)
     max_judge_calls: int = setting("stop after so many paid calls; 0: no limit", 0, at_least=0)
-    rubric: str = setting("of a reference", "checkpoints", choices=("checkpoints", "none"))
+    rubric: str = setting("turn a reference into checkpoints first", "checkpoints", "none")
 
 
 @dataclass(kw_only=True)
@@ -93,11 +94,11 @@ class TrainSettings(JudgeSettings, SamplingSettings):
     """Train a model by one of the methods: sample, judge, advantage, update, log."""
 
     model: str = setting("hub id, short name (Qwen2.5-0.5B) or folder (RUN/final)")
-    method: str = setting("sparse is stage 2", "process", choices=("process", "outcome", "sparse"))
+    method: str = setting("ExpRL by step, by outcome; stage 2", "process", "outcome", "sparse")
     out: str = setting("run folder (default: runs/MODEL-METHOD)", "")
     resume: bool = setting("go on with the run in --out, exactly, if there is one", False)
-    judge_input: str = setting("steps a call", "together", choices=("together", "prefix", "alone"))
-    process_norm: str = setting("a step's baseline", "delta", choices=("delta", "end", "group"))
+    judge_input: str = setting("how steps are judged", "together", "prefix", "alone")
+    process_norm: str = setting("what a step's reward is compared with", "delta", "end", "group")
     steps: int = setting("batches to train on (paper: 230)", 200, at_least=1)
     prompts_per_step: int = setting("problems in a batch (paper: 32 to 36)", 8, at_least=1)
     group_size: int = setting("G, completions of a problem (paper: 10 to 16)", 8, at_least=2)
@@ -117,10 +118,10 @@ class EvalSettings(SamplingSettings):
 
     model: list[str] = setting("one or more: hub ids, short names, folders (RUN/final)")
     out: str = setting("folder for counts and texts", "runs/eval")
-    split: str = setting("of a data set of the hub", "test", choices=("train", "test"))
+    split: str = setting("of a data set of the hub", "test", "train")
     problems: int = setting("how many of them; 0: all", 200, at_least=0)
     samples: int = setting("completions of each (paper: 128)", 8, at_least=1)
-    save_hard: str = setting("write the problems that the model never solves here, for --data", "")
+    save_hard: str = setting("write what the (last) model never solves here, for --data", "")
 
 
 # ---- Messages and files --------------------------------------------------------------------------
@@ -365,7 +366,6 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
 
 # ---- Judge: question, hidden reference and completion -> scores 1..5 -----------------------------
 JUDGE_CLIENT = {"timeout": 120.0, "max_retries": 4}  # seconds; for a request that gets lost
-JUDGE_ASKS = 3  # in all, until a reply has the form that was asked for
 
 
 def parse_score(reply: str, label: str = "Score") -> int | None:
@@ -402,9 +402,11 @@ class Judge:
             stop("OPENAI_API_KEY holds a character that no key has")
         self.name = f"the judge {settings.judge_model} at {url or 'https://api.openai.com/v1'}"
         self.settings = settings
-        self.last_error, self.is_closed = "", False
+        self.last_error = ""
+        self.is_closed = False
         self.paid = {"judge_calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        self.lock, self.pool = threading.Lock(), ThreadPoolExecutor(settings.judge_threads)
+        self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(settings.judge_threads)
         folder.mkdir(parents=True, exist_ok=True)
         self.cache_path = folder / "judge_cache.jsonl"
         self.cache_path.open("a").write("\n")  # ends a line that a crash has torn
@@ -466,7 +468,7 @@ class Judge:
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         if digest in self.cache:
             return parse(self.cache[digest]), self.cache[digest]
-        for _ in range(JUDGE_ASKS):
+        for _ in range(3):  # until a reply has the form that was asked for
             try:
                 reply = self.request(messages)
             except Exception as error:  # of the API (its words are in the body), or a broken reply
@@ -629,9 +631,8 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
 
 
 def collate(completions: list[Completion], model, prompt: str = "prompt_ids") -> dict:
-    """advantages (B, T), each step's for all of its tokens, and the mask of these tokens; inputs:
-    (B, P + T) ids and attention mask, and T. All rows end in the last column, short ones begin
-    later: there, the first of the T columns hold prompt or padding, which the mask leaves out."""
+    """advantages (B, T), each step's for all its tokens, and their mask; inputs: (B, P + T) ids and
+    attention mask, and T. Rows end in the last column: what comes before a short one is masked."""
     pad = functools.partial(pad_left, device=model.device)
     advantages = []
     for c in completions:
@@ -709,7 +710,8 @@ class Run:
         name = Path(settings.model.rstrip("/").removesuffix("/final")).name
         self.out = Path(settings.out or f"runs/{name}-{settings.method}")
         self.out.mkdir(parents=True, exist_ok=True)
-        self.checkpoint, self.state = self.out / "checkpoint.pt", {"step": 0}
+        self.checkpoint = self.out / "checkpoint.pt"
+        self.state = {"step": 0}
         if (self.out / "settings.json").exists() or self.checkpoint.exists():
             if not settings.resume:
                 stop(f"{self.out} holds a run: add --resume to go on with it, or another --out")
@@ -726,7 +728,8 @@ class Run:
 
     def start(self, settings: TrainSettings, model, optimizer, paid: dict) -> None:
         """Give what the checkpoint holds to its owners, and write down the settings."""
-        self.owners, self.paid = {"model": model, "optimizer": optimizer}, paid
+        self.owners = {"model": model, "optimizer": optimizer}
+        self.paid = paid
         if self.step:
             paid.update(self.state["paid"])
             for name, owner in self.owners.items():
@@ -865,8 +868,6 @@ def pass_rates(counts: list[dict]) -> dict[str, list[float]]:
 def evaluate(settings: EvalSettings) -> None:
     """Evaluate models: a table of pass@1 and pass@k, and optionally the problems that one fails."""
     n, out, table = settings.samples, Path(settings.out), {}
-    if settings.save_hard and len(settings.model) > 1:
-        stop("--save-hard takes one --model: hard for whom?")
     models = {name: find_model(name) for name in settings.model}
     rows = load_rows(settings.data, settings.split, settings.problems)
     out.mkdir(parents=True, exist_ok=True)
@@ -908,16 +909,15 @@ def read_flags(settings_class: type, argv: list[str], description: str):
             flag |= {"required": True, "nargs": "+" if f.type == list[str] else None}
         else:
             flag |= {"type": json.loads if f.type is dict else f.type, "default": f.default}
-            flag["choices"] = f.metadata.get("choices")
+            flag["choices"] = f.metadata["choices"]
             flag["help"] += "" if f.default == "" else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), **flag)
     settings = settings_class(**vars(parser.parse_args(argv)))
     for f in fields(settings_class):
-        value, smallest = getattr(settings, f.name), f.metadata.get("at_least")
+        value, smallest = getattr(settings, f.name), f.metadata["at_least"]
         if smallest is not None and not smallest <= value < math.inf:
-            parser.error(
-                f"argument --{f.name.replace('_', '-')}: {value} is not {smallest} or more"
-            )
+            flag = f.name.replace("_", "-")
+            parser.error(f"argument --{flag}: {value} is no number of {smallest} or more")
     return settings
 
 
@@ -939,7 +939,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     name, *flags = argv if argv and argv[0][0] != "-" else ["train", *argv]
     if name not in ("train", "eval"):
-        stop(f"no command {name}; see tests/report.py (report, plot) and tests/calibrate.py")
+        stop(f"no command {name}: python tests/report.py (report, plot) or tests/calibrate.py")
     if name == "eval":
         run_command(evaluate, EvalSettings, flags, EvalSettings.__doc__)
     else:

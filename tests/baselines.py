@@ -31,12 +31,8 @@ from exprl import Completion, setting  # noqa: E402
 class BaselineSettings(exprl.TrainSettings):
     """Train a baseline: SFT on the references, self-distillation, ExpRL by another reference."""
 
-    method: str = setting("of training", choices=("sft", "distill", "process", "outcome"))
-    reference: str = setting(
-        "that the judge is shown: right, none or another problem's",
-        "right",
-        choices=("right", "none", "wrong"),
-    )
+    method: str = setting("baseline, or ExpRL", "sft", "distill", "process", "outcome")
+    reference: str = setting("ExpRL's judge is shown (wrong: another's)", "right", "none", "wrong")
 
 
 def show_reference(rows: list[dict], which: str, seed: int) -> list[dict]:
@@ -113,9 +109,7 @@ def distill_loss(model, batch: dict, n_tokens: int, settings) -> tuple[Tensor, d
     return loss, {"teacher_kl": loss}
 
 
-# --------------------------------------------------------------------------------------------------
-
-
+# ---- Both ----------------------------------------------------------------------------------------
 def fill_weights(completions: list[Completion], settings: BaselineSettings) -> None:
     """In place of advantages: all tokens count alike. The reward is what can be said of it."""
     for c in completions:

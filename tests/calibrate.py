@@ -41,7 +41,7 @@ class CalibrateSettings(exprl.JudgeSettings, exprl.SamplingSettings):
 
     model: str = setting("also judge its completions (hub id, short name or folder)", "")
     out: str = setting("folder for what was sampled and judged", "runs/calibrate")
-    split: str = setting("of a data set of the hub", "test", choices=("train", "test"))
+    split: str = setting("of a data set of the hub", "test", "train")
     problems: int = setting("how many of them; 0: all", 20, at_least=0)
     samples: int = setting("completions of each", 8, at_least=1)
 

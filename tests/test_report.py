@@ -68,6 +68,8 @@ def runs(tiny, judge, tmp_path_factory):
     run_training(train_command(tiny, judge, run))
     run_training(train_command(tiny, judge, sft, "--method", "sft"))
     write(folder / "base.jsonl", [{"n": 4, "correct": i % 3} for i in range(8)])
+    of_run = {"n": 4, "model": f"{run}/final"}  # drawn in the color of the run
+    write(folder / "run.jsonl", [of_run | {"correct": 1 + i % 4} for i in range(8)])
 
     rollouts = read(run / "rollouts.jsonl")
     texts = {field: f"{field}: {HOSTILE}" for field in FIELDS}
@@ -86,7 +88,8 @@ def runs(tiny, judge, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
-    return report(tmp_path_factory.mktemp("page") / "report.html", *runs)
+    evaluated = runs[-1].with_name("run.jsonl")
+    return report(tmp_path_factory.mktemp("page") / "report.html", *runs, evaluated)
 
 
 def browse(path, width, tmp_path, *flags):
