@@ -332,7 +332,7 @@ def sample_groups(model, tokenizer, rows: list, n: int, batch: int) -> Iterator[
         for row, ids, mask in zip(part, tokens, masks, strict=True):
             ids = ids[mask].tolist()
             completions.append(read_completion(row, ids, tokenizer, config.eos_token_id))
-        while len(completions) >= n:
+        while len(completions) >= n:  # a group may take more than one call
             yield completions[:n]
             completions = completions[n:]
 
@@ -357,7 +357,7 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     for border in borders:
         start = int((ends <= border).sum())  # the token that holds the border
         before, after = "".join(pieces[starts[-1] : start]), "".join(pieces[start:])
-        if re.search(r"\w", before) and re.search(r"\w", after):
+        if re.search(r"\w", before) and re.search(r"\w", after):  # else a crumb
             starts.append(start)
     starts = starts[:MAX_STEPS]
     spans = zip(starts, [*starts[1:], len(pieces)], strict=True)
@@ -390,7 +390,7 @@ def parse_rubric(reply: str) -> str | None:
 
 
 class Judge:
-    """A judge behind an OpenAI-compatible API, asked from threads; every verdict is kept on disk.
+    """A judge behind an OpenAI-compatible API, asked from threads; each score is kept on disk.
     A verdict that fails is None, never a low score. Stops if no server answers or takes the key."""
 
     def __init__(self, settings: JudgeSettings, folder: Path):
@@ -444,7 +444,7 @@ class Judge:
             c.scores = [1] * n_scores
             return
         checkpoints, reply = rubric.result() if rubric else ("", "")
-        if checkpoints is None:
+        if checkpoints is None:  # the rubric failed
             c.judge_words = [reply]
             return
         c.rubric, scores = checkpoints, []
@@ -542,7 +542,7 @@ def step_advantages(step_rewards: list[list[float]], norm: str) -> list[list[flo
 
     Why A_1 has s_T under delta: the other differences telescope to s_T - s_1, and it takes that
     away. So the steps sum to 0: credit moves from some to others (in the loss times their tokens),
-    and more steps are no more pay. One step alone gets s_1 - s_1 = 0: leaving out ### pays nothing.
+    and more steps are no more pay. One step alone gets s_1 - s_1 = 0: having no steps pays nothing.
     >>> [step_advantages([[0.25, 1.0], [0.5]], norm) for norm in ("delta", "end", "group")]
     [[[-0.75, 0.75], [0.0]], [[-0.75, 1.0], [0.5]], [[-0.3125, 0.4375], [-0.0625]]]
     """
@@ -606,7 +606,7 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low, clip_high, denominat
     mask they may be NaN or infinite: neither the loss nor its gradient sees that.
     L = - sum over the mask of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / denominator,
     rho = exp(logp - logp_old). The denominator is the number of tokens of the whole optimizer step,
-    not of a micro-batch. At rho = 1 its value is minus the mean advantage: near 0, yet it trains.
+    not of a micro-batch. At rho = 1 its value is minus the mean advantage, often near 0: it trains.
     >>> old, ones = torch.tensor([[0.5, 0.5]]).log(), torch.ones(1, 2)
     >>> logp = torch.tensor([[0.5, 0.9]]).log()  # rho is 1 and 1.8, the second clipped at 1.28
     >>> round(policy_loss(logp, old, ones, ones.bool(), 0.2, 0.28, 2).item(), 3)
@@ -817,7 +817,7 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
             clock.append(time.monotonic())
             fill(completions, settings)  # 3. advantage
             metrics = measure(completions, group_size) | run.paid
-            run.step = None
+            run.step = None  # the weights are moving: save() does nothing until log()
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * min(1.0, step / 5)  # warm-up
             metrics |= update(model, initial, optimizer, completions, settings, loss)  # 4. update
