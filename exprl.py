@@ -13,7 +13,6 @@ ExpRL (arXiv 2606.17024) uses each problem's reference solution as a reward scaf
 That is stage 1, "RL mid-training". Stage 2 is the same loop with the sparse reward, 1 for a right
 answer and else 0 (--method sparse), from the model of stage 1: now there are right answers.
 Simplified: one device, one batch after the other; no value network, no entropy bonus.
-
   python exprl.py --model Qwen2.5-0.5B                                       # stage 1 on GSM8K
   python exprl.py --model runs/Qwen2.5-0.5B-process/final --method sparse    # stage 2
   python exprl.py eval --model Qwen2.5-0.5B runs/Qwen2.5-0.5B-process/final  # pass@1, pass@k
@@ -168,13 +167,13 @@ def last_boxed(text: str) -> str:
     return boxes[-1][1:-1].strip() if boxes else ""
 
 
-def normalise_row(record: dict | str, needed: tuple[str, ...]) -> dict[str, str]:
-    r"""A record, or its JSON, with the usual column names -> question, reference, answer, domain.
+def normalise_row(record: dict, needed: tuple[str, ...]) -> dict[str, str]:
+    r"""A record with the usual column names -> its question, reference, answer and domain.
     GSM8K has "reference #### answer" in one column; in MATH the answer is in the reference's
     \boxed{}. ValueError: malformed."""
-    record, row = json.loads(record) if isinstance(record, str) else record, {}
     if not isinstance(record, dict):
         raise ValueError("is not a JSON object")
+    row = {}
     for name, columns in COLUMNS.items():
         values = [record[c] for c in columns if isinstance(record.get(c), (str, int, float))]
         row[name] = str(values[0]).strip() if values else ""
@@ -197,7 +196,7 @@ def load_rows(source: str, split: str, n=0, needed=("question", "answer")) -> li
     rows = []
     try:
         if source.endswith(".jsonl") or Path(source).is_file():
-            records = Path(source).read_text("utf-8-sig").rstrip().split("\n")
+            records = map(json.loads, Path(source).read_text("utf-8-sig").rstrip().split("\n"))
         else:
             records = load_dataset(name, config or None, split=split)
         for record in records:
@@ -395,12 +394,13 @@ class Judge:
 
     def __init__(self, settings: JudgeSettings, folder: Path):
         key = os.environ.get("OPENAI_API_KEY", "").strip()
-        url = settings.judge_url or os.environ.get("OPENAI_BASE_URL") or None
+        url = settings.judge_url or os.environ.get("OPENAI_BASE_URL")
         if not url and not key:
             stop("no judge: set OPENAI_API_KEY, or give --judge-url http://HOST:PORT/v1")
         if re.search(r"[^!-~]", key):
             stop("OPENAI_API_KEY holds a character that no key has")
-        self.name = f"the judge {settings.judge_model} at {url or 'https://api.openai.com/v1'}"
+        url = url or "https://api.openai.com/v1"
+        self.name = f"the judge {settings.judge_model} at {url}"
         self.settings = settings
         self.last_error = ""
         self.is_closed = False
@@ -534,12 +534,10 @@ def group_advantages(rewards: Tensor, valid: Tensor, group_size: int, divide=Tru
 
 def step_advantages(step_rewards: list[list[float]], norm: str) -> list[list[float]]:
     """ExpRL-Process: a group's step rewards s_1..s_T, a list per completion -> advantages alike.
-
     delta: A_t = s_t - s_(t-1), A_1 = s_1 - s_T   what a step added
     end:   A_t = s_t - s_T for t < T, A_T = s_T
     group: A_t = s_t - mean over the group's completions of (mean over the completion's steps)
     No standard deviation. Judged completions only; none gives []. ValueError for another norm.
-
     Why A_1 has s_T under delta: the other differences telescope to s_T - s_1, and it takes that
     away. So the steps sum to 0: credit moves from some to others (in the loss times their tokens),
     and more steps are no more pay. One step alone gets s_1 - s_1 = 0: having no steps pays nothing.
@@ -748,10 +746,12 @@ class Run:
     def log(self, step: int, metrics: dict, completions: list[Completion], tokenizer) -> None:
         """Append a step's numbers to metrics.jsonl, and all its completions to rollouts.jsonl."""
         write_log(self.out / "metrics.jsonl", [{"step": step} | metrics])
+        records = []
         for c in completions:
             known = {k: v for k, v in (c.row | vars(c)).items() if k != "row" and k[-3:] != "ids"}
             prompt = tokenizer.decode(c.row["prompt_ids"])
-            write_log(self.out / "rollouts.jsonl", [{"step": step, "prompt": prompt} | known])
+            records.append({"step": step, "prompt": prompt} | known)
+        write_log(self.out / "rollouts.jsonl", records)
         self.step = step
 
 
