@@ -670,7 +670,7 @@ def grpo_loss(model, batch: dict, n_tokens: int, settings: TrainSettings) -> tup
     logged = {"entropy": -old, "ratio": rho, "clip_fraction": clipped}  # entropy: E[-log pi]
     if ref is not None:
         logged["kl"] = kl_to_reference(logp, ref)
-        loss = loss + settings.kl * torch.where(mask, logged["kl"], 0.0).sum() / n_tokens
+        loss = loss + settings.kl * (torch.where(mask, logged["kl"], 0.0).sum() / n_tokens)
     return loss, {name: values[mask].sum() / n_tokens for name, values in logged.items()}
 
 
