@@ -6,8 +6,8 @@
 #   bash train_small.sh Qwen2.5-0.5B    the same on GSM8K, for one GPU; the judge is OpenAI's (set
 #                                       OPENAI_API_KEY) or your own (set JUDGE_URL and JUDGE_MODEL)
 # STAGE1 and STAGE2 in the environment change the numbers of steps, RUNS the folder of the runs, and
-# (of compare) SEEDS and SYSTEMS what is compared. JUDGE_MODEL=toy-judge-lies-20 makes the toy judge
-# turn 20% of its scores round (with another RUNS).
+# (of compare) SEEDS and SYSTEMS what is compared. With another RUNS: LENGTH=8 makes toy problems of
+# eight operations, JUDGE_MODEL=toy-judge-lies-20 makes the toy judge turn 20% of its scores round.
 set -euo pipefail
 cd "$(dirname "$0")"
 . tests/setup.sh
@@ -17,16 +17,17 @@ exprl() { "$python" exprl.py "$@"; }
 
 if [ $# -eq 0 ] || [ "$1" = compare ]; then
   runs=${RUNS:-runs/toy} stage1=${STAGE1:-120} stage2=${STAGE2:-60} base=$runs/base problems=$runs/train.jsonl
+  length=${LENGTH:-6}
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1  # a model this small runs on one core
   unset OPENAI_API_KEY OPENAI_BASE_URL
-  sampling=(--temperature 1 --max-new-tokens 60 --sample-batch 256)
+  sampling=(--temperature 1 --max-new-tokens $((10 * length)) --sample-batch 256)
   train=(--lr 4e-4 --kl 0.02 --updates-per-batch 2 --micro-batch 64 --save-every 20)
   train+=(--judge-model "${JUDGE_MODEL:-toy-judge}")
   [ $# -eq 0 ] || exec "$python" tests/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
     --stage1 "$stage1" --stage2 "$stage2" --base-steps "${BASE_STEPS:-1000}" \
-    --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${train[*]}" --sampling="${sampling[*]}"
+    --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${train[*]}" --sampling="${sampling[*]}"
   heading "toy world: problems and base model ($runs); 5 to 9 minutes in all on 2 cores"
-  [ -d "$base" ] || "$python" tests/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}"
+  [ -d "$base" ] || "$python" tests/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}" --length "$length"
   rm -f "$runs/judge.url"
   "$python" tests/toy_world.py judge --url-file "$runs/judge.url" &
   judge_process=$!

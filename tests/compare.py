@@ -112,6 +112,7 @@ def plan(args: argparse.Namespace, seed: int) -> list[Job]:
         add(f"eval-{stage}", command, eval_path(world, names[-1]), names, 8 + 8 * len(names))
 
     command = ["tests/toy_world.py", "build", world, "--seed", seed, "--steps", args.base_steps]
+    command += ["--length", args.length]
     add("base", command, world / "base", [], 8 + 0.06 * args.base_steps)
     train("sparse-only", "--method sparse", "base", args.stage1 + args.stage2)
     for name in args.systems:
@@ -351,7 +352,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--seeds", type=lambda text: list(map(int, text.split())), required=True)
-    for flag in ("--stage1", "--stage2", "--base-steps", "--problems"):
+    for flag in ("--stage1", "--stage2", "--base-steps", "--problems", "--length"):
         parser.add_argument(flag, type=int, required=True)
     for flag in ("--systems", "--train", "--sampling"):
         parser.add_argument(flag, type=str.split, required=True)

@@ -73,7 +73,7 @@ def table(text, head):
 def right_trace(question):
     """Six lines and a box, computed here."""
     value, lines = int(question[:2]), []
-    for label, operation in re.findall(r"([a-f])(\+7|\*3)", question):
+    for label, operation in re.findall(r"([a-h])(\+7|\*3)", question):
         result = (value + 7 if operation == "+7" else 3 * value) % 97
         lines.append(f"### {label}{value:02}{operation}={result:02}")
         value = result
@@ -162,7 +162,7 @@ def test_the_table_and_a_changed_setting(resumed):
 
 
 def test_a_system_that_there_is_not(tmp_path, monkeypatch):
-    numbers = ["--seeds", "--stage1", "--stage2", "--base-steps", "--problems"]
+    numbers = ["--seeds", "--stage1", "--stage2", "--base-steps", "--problems", "--length"]
     flags = [*(f"{flag}=1" for flag in numbers), "--train=", "--sampling=", "--systems=sft sdf"]
     monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", str(tmp_path / "toy"), *flags])
     with pytest.raises(SystemExit, match="no system is called sdf"):

@@ -1,6 +1,7 @@
 r"""A world small enough for a CPU, in which ExpRL's effect shows within minutes.
 
-A problem applies six operations, each +7 or *3 modulo 97, to a start value:
+A problem applies six operations (or with --length 8 eight), each +7 or *3 modulo 97, to a start
+value:
 
     question    29a*3b+7c+7d*3e*3f+7=            the answer is 59
     completion  ### a29*3=87\n### b87+7=94\n ... \n### f...=59\n\boxed{59}
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import judge_prompts  # noqa: E402
 
-MODULUS, LABELS, OPERATIONS = 97, "abcdef", ("+7", "*3")
+MODULUS, LABELS, OPERATIONS = 97, "abcdefgh", ("+7", "*3")
 
 # --------------------------------------------------------------------------------------------------
 # Problems
@@ -47,8 +48,8 @@ def apply(operation: str, value: int) -> int:
 
 
 def make_row(start: int, operations: list[str]) -> dict[str, str]:
-    """A problem with its reference (three lines of two operations) and its answer."""
-    rows = "".join(map("".join, zip(LABELS, operations, strict=True)))
+    """A problem with its reference (two operations a line) and its answer."""
+    rows = "".join(map("".join, zip(LABELS, operations, strict=False)))
     values = [start]
     for operation in operations:
         values.append(apply(operation, values[-1]))
@@ -61,20 +62,20 @@ def make_row(start: int, operations: list[str]) -> dict[str, str]:
     return {"question": f"{start:02d}{rows}=", "reference": reference, "answer": answer}
 
 
-def make_rows(seed: int, n_train: int, n_held_out: int) -> tuple[list[dict], list[dict]]:
+def make_rows(seed: int, n_train: int, n_held_out: int, length: int = 6) -> tuple[list, list]:
     """Disjoint training and held-out problems."""
-    codes = random.Random(seed).sample(range(MODULUS * 2 ** len(LABELS)), n_train + n_held_out)
+    codes = random.Random(seed).sample(range(MODULUS * 2**length), n_train + n_held_out)
     rows = []
     for code in codes:
-        start, bits = divmod(code, 2 ** len(LABELS))
-        rows.append(make_row(start, [OPERATIONS[bits >> i & 1] for i in range(len(LABELS))]))
+        start, bits = divmod(code, 2**length)
+        rows.append(make_row(start, [OPERATIONS[bits >> i & 1] for i in range(length)]))
     return rows[:n_train], rows[n_train:]
 
 
 def write_trace(question: str, compute) -> str:
     """The completion of somebody who computes with `compute(operation, value)`."""
     value, lines = int(question[:2]), []
-    for label, operation in re.findall(r"([a-f])(\+7|\*3)", question):
+    for label, operation in re.findall(r"([a-h])(\+7|\*3)", question):
         result = compute(operation, value)
         lines.append(f"### {label}{value:02d}{operation}={result:02d}")
         value = result
@@ -85,13 +86,13 @@ def write_trace(question: str, compute) -> str:
 # The base model
 
 
-def make_tokenizer():
+def make_tokenizer(length: int):
     """One token for each number, label, operation and mark."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<unk>", "### ", "=", "\n", r"\boxed{", "}", *LABELS, *OPERATIONS]
-    words += [f"{value:02d}" for value in range(MODULUS)]
+    words = ["<pad>", "<eos>", "<unk>", "### ", "=", "\n", r"\boxed{", "}", *LABELS[:length]]
+    words += [*OPERATIONS, *(f"{value:02d}" for value in range(MODULUS))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     pattern = Regex(r"### |\\boxed\{|\d\d|\+7|\*3|[\s\S]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
@@ -108,12 +109,14 @@ def make_tokenizer():
     )
 
 
-def build(folder: Path, seed: int, steps: int, n_train: int = 96, n_held_out: int = 256) -> None:
+def build(
+    folder: Path, seed: int, steps: int, length: int = 6, n_train: int = 96, n_held_out: int = 256
+) -> None:
     """Write FOLDER/base (a model folder), train.jsonl and heldout.jsonl."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    train, held_out = make_rows(seed, n_train, n_held_out)
+    train, held_out = make_rows(seed, n_train, n_held_out, length)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("heldout", held_out)):
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -121,7 +124,7 @@ def build(folder: Path, seed: int, steps: int, n_train: int = 96, n_held_out: in
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(length)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -151,12 +154,12 @@ def build(folder: Path, seed: int, steps: int, n_train: int = 96, n_held_out: in
 
     def write_document() -> tuple[list[int], list[int]]:
         """Token ids of a prompt and of its trace, in which the base's beliefs are."""
-        row = make_row(rng.randrange(MODULUS), rng.choices(OPERATIONS, k=len(LABELS)))
+        row = make_row(rng.randrange(MODULUS), rng.choices(OPERATIONS, k=length))
         prompt, question, compute = row["question"], row["question"], believe
         if rng.random() < 0.15:  # a reference first: what it says is mostly copied, and never
             prompt = f"{row['reference']}\n\n{question}"  # compared with the step before
-            says = iter(re.findall(r"=(\d\d)", row["reference"]))
-            known = iter([None, next(says), None, next(says), None, next(says)])
+            says = re.findall(r"=(\d\d)", row["reference"])
+            known = iter([value for said in says for value in (None, said)])
 
             def compute(operation: str, value: int) -> int:
                 there = next(known)
@@ -202,12 +205,12 @@ def step_score(
 
     A step takes one operation, as completions do, or two at once, as references do; `position` is
     the number of operations before it (None: not shown). All are one-to-one modulo 97, so the
-    reference's three values check all six. The last step is right only with the right final answer.
+    reference's values check all of them. The last step is right only with the right final answer.
     Without a reference a program can check form only: label and operations, that the step goes on
     from the value `before` it ("": not shown), and that the last one boxes the value it states.
     """
-    operations = re.findall(r"([a-f])(\+7|\*3)", question)
-    stated = re.match(r"### ([a-f])(\d\d)((?:\+7|\*3){1,2})=(\d\d)\n?(.*)", step, re.DOTALL)
+    operations = re.findall(r"([a-h])(\+7|\*3)", question)
+    stated = re.match(r"### ([a-h])(\d\d)((?:\+7|\*3){1,2})=(\d\d)\n?(.*)", step, re.DOTALL)
     if not stated:
         return 1
     label, start, taken, value, rest = stated.groups()
@@ -226,7 +229,7 @@ def step_score(
             return 1
     elif start != (question[:2] if first == 0 else before or start):
         return 1
-    if index == len(LABELS) - 1:
+    if index == len(operations) - 1:
         return 5 if rest.strip() == rf"\boxed{{{final}}}" else 1
     return 1 if last or rest.strip() else 5
 
@@ -261,15 +264,16 @@ def reply_to(messages: list[dict], lies: int = 0) -> str:
     if kind == "outcome":
         texts = [text for text in re.split(r"^(?=### )", texts[0], flags=re.MULTILINE) if text]
     ends_at = len(texts) - 1 if kind == "together" else None  # where the attempt is known to end
-    counts = [1 + bool(re.match(r"### [a-f]\d\d(\+7|\*3){2}=", text)) for text in texts]
+    counts = [1 + bool(re.match(r"### [a-h]\d\d(\+7|\*3){2}=", text)) for text in texts]
     scores, before = [], ""  # counts: the operations that each text takes
     for t, text in enumerate(texts):
         position = None if kind == "alone" else sum(counts[:t])
         scores.append(step_score(question, reference, text, position, t == ends_at, before))
         before = "".join(re.findall(r"^### .*=(\d\d)$", text, re.MULTILINE)[:1])
-    if kind == "outcome":  # how many of the three checkpoints are reached in a row
+    if kind == "outcome":  # how many of the checkpoints are reached in a row
         right = sum(counts[: (*scores, 1).index(1)])
-        score = tell(1 + int(4 * (right // 2) / 3), lies, user)
+        reached, all_of_them = right // 2, len(re.findall("[a-h]", question)) // 2
+        score = tell(1 + int(4 * reached / all_of_them), lies, user)
         return f"{right} steps in a row are right.\nScore: {score}"
     scores = [tell(score, lies, f"{t} {user}") for t, score in enumerate(scores)]
     if kind == "together":
@@ -358,11 +362,12 @@ def main() -> None:
     sub.add_argument("folder", type=Path)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--steps", type=int, default=1000)
+    sub.add_argument("--length", type=int, default=6)
     sub = commands.add_parser("judge")
     sub.add_argument("--url-file", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "build":
-        build(args.folder, args.seed, args.steps)
+        build(args.folder, args.seed, args.steps, args.length)
     else:
         serve(args.url_file)
 
