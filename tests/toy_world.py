@@ -86,7 +86,7 @@ def write_trace(question: str, compute) -> str:
 # The base model
 
 
-def make_tokenizer(length: int):
+def make_tokenizer(length: int = 6):
     """One token for each number, label, operation and mark."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
