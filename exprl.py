@@ -86,6 +86,7 @@ class JudgeSettings:
     judge_threads: int = setting("judge calls at a time", 16, at_least=1)
     max_judge_calls: int = setting("stop after so many paid calls; 0: no limit", 0, at_least=0)
     rubric: str = setting("turn a reference into checkpoints first", "checkpoints", "none")
+    judge_input: str = setting("see judge_inputs", "together", "prefix", "alone", "quotes")
 
 
 @dataclass(kw_only=True)
@@ -96,7 +97,6 @@ class TrainSettings(JudgeSettings, SamplingSettings):
     method: str = setting("ExpRL by step, by outcome; stage 2", "process", "outcome", "sparse")
     out: str = setting("run folder (default: runs/MODEL-METHOD)", "")
     resume: bool = setting("go on with the run in --out, exactly, if there is one", False)
-    judge_input: str = setting("how steps are judged", "together", "prefix", "alone")
     process_norm: str = setting("what a step's reward is compared with", "delta", "end", "group")
     steps: int = setting("batches to train on (paper: 230)", 200, at_least=1)
     prompts_per_step: int = setting("problems in a batch (paper: 32 to 36)", 8, at_least=1)
@@ -382,12 +382,6 @@ def parse_score(reply: str, label: str = "Score") -> int | None:
     return scores[-1] if scores else None
 
 
-def parse_rubric(reply: str) -> str | None:
-    """The 2-6 checkpoints of a reply, each as a line `- ...`; None if there are fewer or more."""
-    points = re.findall(r"^\s*(?:[-*•]|\d+[.)])\s+(\S.*)$", reply, re.MULTILINE)
-    return "\n".join(f"- {point.strip()}" for point in points) if 2 <= len(points) <= 6 else None
-
-
 class Judge:
     """A judge behind an OpenAI-compatible API, asked from threads; each score is kept on disk.
     A verdict that fails is None, never a low score. Stops if no server answers or takes the key."""
@@ -425,7 +419,7 @@ class Judge:
         rubric = None
         if self.settings.rubric == "checkpoints":
             messages = judge_messages("rubric", group[0].row)
-            rubric = self.pool.submit(self.ask, messages, parse_rubric)
+            rubric = self.pool.submit(self.ask, messages, judge_prompts.parse_rubric)
         return [self.pool.submit(self.judge, c, kind, rubric) for c in group]
 
     def wait(self, completions: list[Completion], verdicts: list[Future]) -> None:
@@ -437,25 +431,30 @@ class Judge:
 
     def judge(self, c: Completion, kind: str, rubric: Future | None) -> None:
         """Fill in the scores of a completion (None if one of its calls fails), in a thread. What
-        has no words scores 1 without a call. So does, under outcome, what was cut off: going on
-        until the cap leads to no answer. Under process its steps are judged as any others."""
-        n_scores = 1 if kind == "outcome" else len(c.step_texts)
+        has no words scores 1 without a call; under outcome, what was cut off too: it has no end."""
+        steps = [c.text] if kind == "outcome" else c.step_texts
         if not re.search(r"\w", c.text) or (kind == "outcome" and c.cut):
-            c.scores = [1] * n_scores
+            c.scores = [1] * len(steps)
             return
         checkpoints, reply = rubric.result() if rubric else ("", "")
         if checkpoints is None:  # the rubric failed
             c.judge_words = [reply]
             return
         c.rubric, scores = checkpoints, []
-        labels = [f"Step {t + 1}" for t in range(n_scores)] if kind == "together" else ["Score"]
+        labels = [f"Step {t + 1}" for t in range(len(steps))] if kind == "together" else ["Score"]
+        points = judge_prompts.list_checkpoints(checkpoints or c.row["reference"])
 
-        def parse(reply: str) -> list[int] | None:
-            found = [parse_score(reply, label) for label in labels]
-            return None if None in found else found
+        def parse(reply: str) -> list[float] | None:
+            if self.settings.judge_input == "quotes":
+                return judge_prompts.quote_scores(reply, points, steps)
+            scores = [parse_score(reply, label) for label in labels]
+            return None if None in scores else scores
 
         for texts in judge_inputs(kind, c.text, c.step_texts):
-            new, reply = self.ask(judge_messages(kind, c.row, checkpoints, fence(texts)), parse)
+            messages = judge_messages(kind, c.row, checkpoints, fence(texts))
+            if self.settings.judge_input == "quotes":
+                messages = judge_prompts.quote_messages(c.row, points, c.text)
+            new, reply = self.ask(messages, parse)
             c.judge_words.append(reply)
             if new is None:
                 return
@@ -468,6 +467,7 @@ class Judge:
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         if digest in self.cache:
             return parse(self.cache[digest]), self.cache[digest]
+        question = messages
         for _ in range(3):  # until a reply has the form that was asked for
             try:
                 reply = self.request(messages)
@@ -480,7 +480,7 @@ class Judge:
                     write_log(self.cache_path, [{"key": digest, "reply": reply}])
                 return parse(reply), reply
             again = {"role": "user", "content": judge_prompts.ASK_AGAIN}
-            messages = [*messages[:2], {"role": "assistant", "content": reply or "(empty)"}, again]
+            messages = [*question, {"role": "assistant", "content": reply or "(empty)"}, again]
         self.last_error = f"no score in its reply {reply!r}"
         return None, reply
 

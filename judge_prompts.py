@@ -4,7 +4,8 @@ A judge call is two messages. The system message is the same for every completio
 each kind of call: the task (SYSTEM), what to compare with and what counts as right (BASIS), and the
 scale. The user message is made of the parts of USER: problem, hidden reference,
 its checkpoints, and last the policy's text, between tags that carry a hash of that text, so that
-the policy cannot close them.
+the policy cannot close them. The kind "quotes" has no scale: the judge copies words of the attempt,
+and find_checkpoints and step_scores, at the end of this file, make the scores.
 
 To add a domain, add its five texts to DOMAINS. They fill the $fields when this file is loaded:
 
@@ -21,6 +22,8 @@ Raw strings: in an ordinary one "\boxed" is a backspace followed by "oxed".
 """
 
 import hashlib
+import re
+from fractions import Fraction
 from string import Template
 
 # The one prompt of every method, stage and evaluation. The problem follows after a blank line.
@@ -213,6 +216,13 @@ Each is one line, names $concrete, can be checked on its own, and
 does not depend on one particular route. Write nothing but the list, one checkpoint a line:
 - first checkpoint
 - next checkpoint""",
+    "quotes": r"""You check which checkpoints of a list an attempt at $problem states.
+
+{fence}
+
+Answer with one line for each checkpoint, in order, and nothing else: its number, a colon, and the
+words of the attempt that state it, copied exactly and with their value; or none, if the attempt
+does not state it or states another value.""",
 }
 
 
@@ -245,7 +255,26 @@ USER = (
 
 ASK_AGAIN = r"""Your reply does not have the form that was asked for. Answer again, in exactly
 that form: a score is a whole number from 1 to 5, with nothing after it on its line; checkpoints
-are 2 to 6 lines that begin with a dash."""
+are 2 to 6 lines that begin with a dash; words of an attempt stand on a line that begins with the
+number of their checkpoint."""
+
+# A finished case for the kind "quotes": a weak judge learns the form from it, and to quote rather
+# than to say none. Quoting too much does no harm: find_checkpoints looks each quotation up.
+EXAMPLE = {
+    "question": "Ann has 3 boxes of 4 pens. She gives 5 pens away and then buys twice as many pens "
+    "as she has left. How many pens does she have at the end?",
+    "checkpoints": [
+        "Ann has 3 * 4 = 12 pens.",
+        "After giving 5 away she has 12 - 5 = 7 pens.",
+        "She buys 2 * 7 = 14 pens.",
+        "In the end she has 7 + 14 = 21 pens.",
+    ],
+    "attempt": "### First I multiply: 4 pens in each of 3 boxes makes 12 pens.\n"
+    "### Then 12 - 5 = 7 pens are left, and twice as many is 14.\n"
+    "### Together these are 7 + 14 = 21 pens.",
+    "reply": '1: "4 pens in each of 3 boxes makes 12 pens"\n2: "12 - 5 = 7 pens are left"\n'
+    '3: "twice as many is 14"\n4: "Together these are 7 + 14 = 21 pens"',
+}
 
 
 def fence(texts: list[str]) -> str:
@@ -266,7 +295,7 @@ def judge_inputs(kind: str, completion: str, steps: list[str]) -> list[list[str]
     >>> judge_inputs("prefix", "ab", ["a", "b"])
     [['a'], ['a', 'b']]
     """
-    if kind == "outcome":  # all of it, for one score
+    if kind in ("outcome", "quotes"):  # all of it, for one score, or for quotations from it
         return [[completion]]
     if kind == "together":  # all steps in one call, for a score each
         return [steps]
@@ -274,7 +303,7 @@ def judge_inputs(kind: str, completion: str, steps: list[str]) -> list[list[str]
         return [steps[: t + 1] for t in range(len(steps))]
     if kind == "alone":  # a call for each step, without: the paper's code
         return [[step] for step in steps]
-    raise ValueError(f"kind {kind!r} is not outcome, together, prefix or alone")
+    raise ValueError(f"kind {kind!r} is not outcome, quotes, together, prefix or alone")
 
 
 def judge_messages(kind: str, row: dict, rubric: str = "", attempt: str = "") -> list[dict]:
@@ -292,3 +321,102 @@ def judge_messages(kind: str, row: dict, rubric: str = "", attempt: str = "") ->
     sections = zip(USER, texts, strict=True)
     user = "\n".join(section.format(text=text) for section, text in sections if text)
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def quote_messages(row: dict, checkpoints: list[str], attempt: str) -> list[dict]:
+    """The messages of a call of the kind "quotes": the system's, EXAMPLE as an earlier question and
+    its reply, then question, numbered checkpoints and the attempt. The reference is not shown."""
+
+    def user(question: str, checkpoints: list[str], attempt: str) -> list[dict]:
+        numbered = "\n".join(f"{j}. {point}" for j, point in enumerate(checkpoints, 1))
+        shown = {"question": question, "reference": "", "domain": row["domain"]}
+        return judge_messages("quotes", shown, numbered, fence([attempt]))
+
+    *parts, reply = EXAMPLE.values()
+    example = [*user(*parts), {"role": "assistant", "content": reply}]
+    return example + user(row["question"], checkpoints, attempt)[1:]
+
+
+def parse_rubric(reply: str) -> str | None:
+    """The 2-6 checkpoints of a reply, each as a line `- ...`; None if there are fewer or more."""
+    points = re.findall(r"^\s*(?:[-*•]|\d+[.)])\s+(\S.*)$", reply, re.MULTILINE)
+    return "\n".join(f"- {point.strip()}" for point in points) if 2 <= len(points) <= 6 else None
+
+
+def list_checkpoints(text: str) -> list[str]:
+    """The lines of a rubric or reference (of a single line: its sentences) that hold a number, the
+    last 16 at most; all of them, if none does.
+    >>> list_checkpoints("Let x be his age. Then 2x = 8. So x = 4.")
+    ['Then 2x = 8.', 'So x = 4.']
+    """
+    lines = text.strip().split("\n")
+    if len(lines) == 1:
+        lines = re.split(r"(?<=[.!?])\s+(?=[^\Wa-z])", text)
+    lines = [re.sub(r"^[-*#\s]+", "", line).strip() for line in lines if re.search(r"\w", line)]
+    return ([line for line in lines if re.search(r"\d", line)] or lines)[-16:]
+
+
+def stated_value(text: str) -> Fraction | None:
+    """The number that a line states: the first after its last =, else the last one; None if none.
+    >>> print(stated_value("5 * 2 = 10 in 3 days"), stated_value("it is $1,200"))
+    10 1200
+    """
+    number = r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/0*[1-9]\d*)?"  # 8-3 holds 8 and 3
+    _, equals, right = text.rpartition("=")
+    first = re.findall(number, right)[:1] if equals else []
+    found = first or re.findall(number, text)[-1:]
+    return Fraction(found[0].replace(",", "")) if found else None
+
+
+def find_checkpoints(reply: str, checkpoints: list[str], steps: list[str]) -> list | None:
+    """For each checkpoint the index of the step that first states it, or None if none does. None
+    in all if no line of the reply has the form `number: words`.
+
+    The judge points, the attempt is the evidence: words count only if the attempt holds them, up to
+    white space, case and marks, and state the checkpoint's value. What has no value counts under
+    its own number.
+    >>> find_checkpoints('1: "3 * 4 = 12"\\n2: none', ["12 pens", "7 left"], ["3 * 4 = 12", "is 7"])
+    [0, None]
+    """
+
+    def plain(text: str) -> str:
+        text = re.sub(r"[*_`\"'“”’#$\\]+", "", text).lower()
+        text = re.sub(r"(?<![\d.,])\s+|\s+(?!\d)", "", text)  # numbers stay apart
+        return re.sub(r"\s+", " ", text).strip(".,:;")
+
+    quotes = re.findall(r"^[^\w\n]*(\d+)[^\w\n]*[:.)][^\S\n]*(\S.*)$", reply, re.MULTILINE)
+    up_to = [plain("".join(steps[: t + 1])) for t in range(len(steps))]
+    found = [None] * len(checkpoints)
+    for number, words in quotes:
+        whole = rf"(?!(?<=\d)\d){re.escape(plain(words))}(?!(?<=\d)\.?\d)"  # 12 is not in 120
+        at = [t for t, text in enumerate(up_to) if re.search(whole, text)]
+        for j, checkpoint in enumerate(checkpoints):
+            value = stated_value(checkpoint)
+            is_it = int(number) == j + 1 if value is None else stated_value(words) == value
+            if at and is_it and plain(words) not in ("", "none"):
+                found[j] = at[0] if found[j] is None else min(at[0], found[j])
+    return found if quotes else None
+
+
+def step_scores(found: list[int | None], n: int) -> list[float]:
+    """The step, 0..n - 1, that states each checkpoint (None: missing) -> a score 1..5 for each of n
+    steps: 1 + 4 times the share of checkpoints that are stated, of those due by the end of the
+    stretch that it is in. A stretch ends with a step that states one; a missing one is due with the
+    next that is stated, or at the end. Outcome: the whole is one step.
+    >>> step_scores([1, None, 2, None], 5), step_scores([0, None], 1), step_scores([0], 2)
+    ([5.0, 5.0, 3.0, 1.0, 1.0], [3.0], [5.0, 5.0])
+    """
+    due = [[] for _ in range(n)]
+    end = n - 1
+    for step in reversed(found):
+        end = end if step is None else step
+        due[end].append(step is not None)
+    scores = [1 + 4 * sum(stated) / len(stated) if stated else None for stated in due]
+    last = [score for score in scores if score is not None][-1]
+    return [next((s for s in scores[t:] if s is not None), last) for t in range(n)]
+
+
+def quote_scores(reply: str, checkpoints: list[str], steps: list[str]) -> list[float] | None:
+    """A reply of the kind "quotes" -> a score 1..5 for each step; None if it has no quotation."""
+    found = find_checkpoints(reply, checkpoints, steps)
+    return step_scores(found, len(steps)) if found else None

@@ -126,6 +126,8 @@ def train(settings: BaselineSettings) -> None:
         exprl.train(settings, rows, read_references, fill_weights, sft_loss)
     elif settings.method == "distill":
         exprl.train(settings, rows, sample_students, fill_weights, distill_loss)
+    elif (settings.reference, settings.rubric, settings.judge_input) == ("none", "none", "quotes"):
+        exprl.stop("without a reference, --judge-input quotes needs --rubric checkpoints")
     else:
         exprl.train(settings, show_reference(rows, settings.reference, settings.seed))
 

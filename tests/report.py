@@ -172,14 +172,14 @@ PAGE = r"""<!doctype html>
 <article>
 <p>Step {{ r.step }} of the training, exact match: {{ r.correct }}{{ ", cut off" if r.cut }}
 {% set by_step = (r.scores or []) | length == r.step_texts | length %}
-{% if r.scores and not by_step %}, score of the whole: {{ r.scores[0] }}{% endif %}
+{% if r.scores and not by_step %}, score of the whole: {{ "%.3g" | format(r.scores[0]) }}{% endif %}
 <div class="grid">
 <div><pre><b>question</b>{{ r.question }}</pre>
 {% for text in r.step_texts %}
 {% set a = r.advantages[loop.index0] or 0 %}
 <pre style="background: rgb({{ "0 114 178" if a > 0 else "213 94 0" }} /
 {{ [a | abs / 3 + 0.1, 0.5] | min if a else 0 }})"><b>{% if by_step -%}
-score {{ r.scores[loop.index0] }}, {% endif -%}
+score {{ "%.3g" | format(r.scores[loop.index0]) }}, {% endif -%}
 {{ "advantage %+.2f" | format(a) if r.advantages else "no advantage" }}</b>{{ text }}</pre>
 {% endfor %}</div>
 <div>{% for name, text in (("reference", r.reference),

@@ -234,6 +234,17 @@ def step_score(
     return 1 if last or rest.strip() else 5
 
 
+def quote(question: str, checkpoints: str, attempt: str) -> str:
+    """For each checkpoint, each two operations further, the line that states its value there."""
+    labels, replies = re.findall("[a-h]", question), []
+    for j, value in enumerate(re.findall(r"^\d+\. .*?(\d\d)\}?$", checkpoints, re.MULTILINE), 1):
+        label = labels[min(2 * j, len(labels)) - 1]
+        lines = rf"^### (?:{label}\d\d(?:\+7|\*3)|.\d\d(?:\+7|\*3){{2}})={value}$"
+        stated = re.search(lines, attempt, re.MULTILINE)
+        replies.append(f"{j}: {stated[0] if stated else 'none'}")
+    return "\n".join(replies)
+
+
 def tell(score: int, lies: int, about: str) -> int:
     """The score, or (for `lies` per cent of all that is asked about) its opposite, 6 - score."""
     draw = int(hashlib.sha256(about.encode()).hexdigest(), 16) % 100
@@ -248,7 +259,7 @@ def answer(request: dict) -> str:
 
 def reply_to(messages: list[dict], lies: int = 0) -> str:
     """The toy judge's reply to a prompt of judge_prompts.py, with a reference or without."""
-    system, user = messages[0]["content"], messages[1]["content"]
+    system, user = messages[0]["content"], messages[-1]["content"]
     kinds = judge_prompts.SYSTEM["math"]
     kind = next(k for k, text in kinds.items() if system.startswith(text.split("\n")[0]))
     question = re.search(r"## Problem\n(.*)", user)[1]
@@ -261,6 +272,8 @@ def reply_to(messages: list[dict], lies: int = 0) -> str:
         return "\n".join(f"- reaches {value}" for value in re.findall(r"=(\d\d)", reference))
     fenced = re.findall(r"^<([a-z]+-\d+-[0-9a-f]{8})>\n(.*?)\n</\1>", user, re.DOTALL | re.M)
     texts = [text for _, text in fenced]
+    if kind == "quotes":
+        return quote(question, user.partition("\n## Checkpoints\n")[2], texts[0])
     if kind == "outcome":
         texts = [text for text in re.split(r"^(?=### )", texts[0], flags=re.MULTILINE) if text]
     ends_at = len(texts) - 1 if kind == "together" else None  # where the attempt is known to end
