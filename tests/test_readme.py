@@ -42,10 +42,14 @@ ELSEWHERE = {  # command: the test that runs it
     "bash tests/run.sh": None,  # this is it
     'JUDGE_MODEL=toy-judge-lies-20 RUNS=runs/lies SYSTEMS="outcome process-delta process-end '
     'process-group" bash train_small.sh compare': test_compare.test_the_judge_is_the_one_asked_for,
+    'SEEDS="1 2 3 4 5 6 7 8" SYSTEMS="sparse outcome process-delta process-group" '
+    "RUNS=runs/eight-seeds bash train_small.sh compare": None,  # as the two above
     "python tests/assignment.py grade assignment --out grades.csv": test_assignment.graded,
 }
 PROGRAMS = ("vllm ", "ollama ", "OLLAMA_", "llama-server ", "transformers ", "pip ")  # not ours
-COMMAND = re.compile(rf"(?:python|bash|export|JUDGE_MODEL=|{'|'.join(map(re.escape, PROGRAMS))})")
+COMMAND = re.compile(
+    rf"(?:python|bash|export|SEEDS=|JUDGE_MODEL=|{'|'.join(map(re.escape, PROGRAMS))})"
+)
 
 
 def find_commands() -> list[str]:
@@ -139,7 +143,7 @@ def test_the_commands_run_in_the_order_of_the_page(place, judge, monkeypatch, ca
     made = [
         f"runs/Qwen2.5-0.5B-{m}" for m in ("process", "outcome", "process-sparse", "sft", "distill")
     ]
-    for name in (*made, "runs/group", "runs/none", "runs/prefix", "runs/mixed"):
+    for name in (*made, "runs/group", "runs/none", "runs/prefix", "runs/quotes", "runs/mixed"):
         assert (place / name / "final" / "config.json").exists(), name
         for row in read(place / name / "metrics.jsonl"):
             assert row["step"] == 1
