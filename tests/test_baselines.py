@@ -191,3 +191,12 @@ def test_a_wrong_reference_is_that_of_a_row_a_fixed_number_of_places_before():
     assert baselines.show_reference(rows, "right", 0) == rows
     assert {row["reference"] for row in baselines.show_reference(rows, "none", 0)} == {""}
     assert rows[3] == {"question": "3?", "reference": "r3"}
+
+
+def test_there_is_nothing_to_quote_without_reference_and_checkpoints(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"question": "What is 4 + 4?", "reference": "It is 8.", "answer": "8"}')
+    flags = {"reference": "none", "rubric": "none", "judge_input": "quotes", "method": "process"}
+    settings = baselines.BaselineSettings(model="none", data=str(data), **flags)
+    with pytest.raises(SystemExit, match="--judge-input quotes needs --rubric checkpoints"):
+        baselines.train(settings)
