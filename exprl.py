@@ -86,7 +86,7 @@ class JudgeSettings:
     judge_threads: int = setting("judge calls at a time", 16, at_least=1)
     max_judge_calls: int = setting("stop after so many paid calls; 0: no limit", 0, at_least=0)
     rubric: str = setting("turn a reference into checkpoints first", "checkpoints", "none")
-    judge_input: str = setting("see judge_inputs", "together", "prefix", "alone", "quotes")
+    judge_input: str = setting("what it is asked for", "together", "prefix", "alone", "quotes")
 
 
 @dataclass(kw_only=True)
@@ -303,7 +303,7 @@ class Completion:
     step_texts: list[str]
     judge_words: list[str] = field(default_factory=list)  # a reply for each call
     rubric: str = ""  # the checkpoints it was judged by
-    scores: list[int] | None = None  # 1..5 for each step, or one in all; None: the judge failed
+    scores: list[float] | None = None  # 1..5 for each step, or one in all; None: the judge failed
     rewards: list[float] | None = None  # 0..1, as the scores
     advantages: list[float] = field(default_factory=list)  # for each step
 
@@ -451,9 +451,10 @@ class Judge:
             return None if None in scores else scores
 
         for texts in judge_inputs(kind, c.text, c.step_texts):
-            messages = judge_messages(kind, c.row, checkpoints, fence(texts))
             if self.settings.judge_input == "quotes":
                 messages = judge_prompts.quote_messages(c.row, points, c.text)
+            else:
+                messages = judge_messages(kind, c.row, checkpoints, fence(texts))
             new, reply = self.ask(messages, parse)
             c.judge_words.append(reply)
             if new is None:
@@ -467,7 +468,6 @@ class Judge:
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         if digest in self.cache:
             return parse(self.cache[digest]), self.cache[digest]
-        question = messages
         for _ in range(3):  # until a reply has the form that was asked for
             try:
                 reply = self.request(messages)
@@ -480,7 +480,7 @@ class Judge:
                     write_log(self.cache_path, [{"key": digest, "reply": reply}])
                 return parse(reply), reply
             again = {"role": "user", "content": judge_prompts.ASK_AGAIN}
-            messages = [*question, {"role": "assistant", "content": reply or "(empty)"}, again]
+            messages = [*asked[2], {"role": "assistant", "content": reply or "(empty)"}, again]
         self.last_error = f"no score in its reply {reply!r}"
         return None, reply
 

@@ -352,7 +352,7 @@ def list_checkpoints(text: str) -> list[str]:
     lines = text.strip().split("\n")
     if len(lines) == 1:
         lines = re.split(r"(?<=[.!?])\s+(?=[^\Wa-z])", text)
-    lines = [re.sub(r"^[-*#\s]+", "", line).strip() for line in lines if re.search(r"\w", line)]
+    lines = [re.sub(r"^\s*[-*#]+\s+", "", line).strip() for line in lines if re.search(r"\w", line)]
     return ([line for line in lines if re.search(r"\d", line)] or lines)[-16:]
 
 
@@ -361,11 +361,14 @@ def stated_value(text: str) -> Fraction | None:
     >>> print(stated_value("5 * 2 = 10 in 3 days"), stated_value("it is $1,200"))
     10 1200
     """
-    number = r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/0*[1-9]\d*)?"  # 8-3 holds 8 and 3
+    number = r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+|/0*[1-9]\d*)?"  # 8-3 holds 8 and 3
     _, equals, right = text.rpartition("=")
     first = re.findall(number, right)[:1] if equals else []
     found = first or re.findall(number, text)[-1:]
-    return Fraction(found[0].replace(",", "")) if found else None
+    try:
+        return Fraction(found[0].replace(",", "")) if found else None
+    except ValueError:  # Python reads no number of thousands of digits
+        return None
 
 
 def find_checkpoints(reply: str, checkpoints: list[str], steps: list[str]) -> list | None:
@@ -388,11 +391,12 @@ def find_checkpoints(reply: str, checkpoints: list[str], steps: list[str]) -> li
     up_to = [plain("".join(steps[: t + 1])) for t in range(len(steps))]
     found = [None] * len(checkpoints)
     for number, words in quotes:
-        whole = rf"(?!(?<=\d)\d){re.escape(plain(words))}(?!(?<=\d)\.?\d)"  # 12 is not in 120
+        # 2 is not in 12, 1.2 or 1,200: a number is quoted whole
+        whole = rf"(?!(?<=\d)\d|(?<=\d[.,])\d){re.escape(plain(words))}(?!(?<=\d)[.,]?\d)"
         at = [t for t, text in enumerate(up_to) if re.search(whole, text)]
         for j, checkpoint in enumerate(checkpoints):
             value = stated_value(checkpoint)
-            is_it = int(number) == j + 1 if value is None else stated_value(words) == value
+            is_it = number == str(j + 1) if value is None else stated_value(words) == value
             if at and is_it and plain(words) not in ("", "none"):
                 found[j] = at[0] if found[j] is None else min(at[0], found[j])
     return found if quotes else None

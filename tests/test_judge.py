@@ -284,8 +284,11 @@ WORK = ("### 3 * 4 = **12** pens\n", "### Then 12 - 5\n= 7 are left\n", "### so 
         ("3: so 7", [None, 2, None, None]),  # in step 3, where the words are
         ("3: so 7 + 1", [None] * 4),  # not what is said: 7 + 14
         ("3: 7 + 14 = $102", [None] * 4),
+        ("9" * 5000 + ": 3 * 4 = 12", [0, None, None, None]),
+        ("1: = " + "9" * 5000, [None] * 4),  # more digits than Python reads
         ("4: I am done", [None] * 4),
-        ('1: ""\n2: "###"', [None] * 4),  # nothing is in every attempt
+        ('4: ""', [None] * 4),  # nothing is in every attempt
+        ('1: ""\n4: "###"', [None] * 4),
         ("All of them are stated.", None),
         ("", None),
     ],
@@ -297,6 +300,12 @@ def test_words_count_only_if_the_attempt_holds_them_with_the_value(reply, found)
 def test_words_that_go_over_a_border_belong_to_the_later_step():
     reply = "1: 12 pens\n2: 12 pens then 12 - 5 = 7"
     assert judge_prompts.find_checkpoints(reply, POINTS, list(WORK)) == [0, 1, None, None]
+
+
+def test_the_step_is_the_first_of_those_quoted():
+    steps = ["it is 12", "or 7", "so 12 pens"]
+    for reply in ("1: so 12 pens\n1: it is 12", "1: it is 12\n1: so 12 pens"):
+        assert judge_prompts.find_checkpoints(reply, ["12"], steps) == [0]
 
 
 @pytest.mark.parametrize(
@@ -323,6 +332,7 @@ def test_a_stretch_of_steps_is_paid_by_the_checkpoints_that_it_states(found, n, 
         ("### a29*3+7=94\n\\boxed{94}", ["a29*3+7=94", "\\boxed{94}"]),
         ("Let S be it.\nS = 3.5.", ["S = 3.5."]),
         ("It has 3.5 legs. E.g. two and 1.5. Done!", ["It has 3.5 legs.", "E.g. two and 1.5."]),
+        ("- -3\n-5 + 7 = 2", ["-3", "-5 + 7 = 2"]),
         ("- by symmetry\n- so it is even", ["by symmetry", "so it is even"]),
         ("\n".join(f"step {i}" for i in range(20)), [f"step {i}" for i in range(4, 20)]),
         ("  \n", []),
@@ -335,9 +345,17 @@ def test_what_an_attempt_is_searched_for(text, points):
 def test_values_are_equal_as_numbers():
     same = ["it is $1,200", "x = 1200", "1200.0 pens", "5 * 240 = 1200 in 3 days", "2400/2"]
     assert {judge_prompts.stated_value(text) for text in same} == {1200}
-    others = ["no number", "1/0", "8-3", "= -3", "(4)-3", "a = b", "12 = x"]
+    others = ["no number", "1/0", "8-3", "= -3", "(4)-3", "a = b", "12 = x", "= 1.5/2", "9" * 5000]
     values = [judge_prompts.stated_value(text) for text in others]
-    assert values == [None, 0, 3, -3, 3, None, 12]
+    assert values == [None, 0, 3, -3, 3, None, 12, 1.5, None]
+
+
+@pytest.mark.parametrize("text", ["2 pens", "5 pens", "= 2", "00 pens"])
+def test_a_number_is_quoted_whole(text):
+    for attempt in ("12 pens", "it is 1.5 pens", "= 2.5", "= 2,500", "1,200 pens", "x = 25"):
+        point = f"{judge_prompts.stated_value(text)} pens"
+        assert judge_prompts.find_checkpoints(f"1: {text}", [point], [attempt]) == [None]
+    assert judge_prompts.find_checkpoints("1: = 24", ["24 x"], ["48/2 = 24.\n", "48 + 1"]) == [0]
 
 
 @pytest.mark.parametrize(
@@ -386,6 +404,21 @@ def test_a_reply_without_quotations_is_asked_for_again(serve, connect):
     assert second[:4] == first and len(second) == 6
     judge = connect(serve("no"), judge_input="quotes")
     assert verdicts(judge, "quotes", completion("### so it is 8!", row=OTHER_ROW)) == [None]
+
+
+def test_the_toy_judge_knows_longer_chains_too():
+    for row in toy_world.make_rows(0, 9, 9, length=8)[0]:
+        row |= {"domain": "math"}
+        right = toy_world.write_trace(row["question"], toy_world.apply)
+        steps = re.split(r"^(?=### )", right, flags=re.MULTILINE)[1:]
+        assert len(steps) == 8 and right.endswith(rf"\boxed{{{row['answer']}}}")
+        for n, score, quoted in ((8, 5, [5] * 8), (5, 3, [5, 5, 5, 5, 1]), (1, 1, [1])):
+            text = "".join(steps[:n])
+            asked = judge_prompts.judge_messages("outcome", row, "", judge_prompts.fence([text]))
+            assert toy_world.reply_to(asked).endswith(f"Score: {score}")
+            points = judge_prompts.list_checkpoints(row["reference"])
+            reply = toy_world.reply_to(judge_prompts.quote_messages(row, points, text))
+            assert judge_prompts.quote_scores(reply, points, steps[:n]) == quoted
 
 
 def test_the_toy_judge_quotes_what_is_right():

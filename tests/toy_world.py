@@ -49,7 +49,7 @@ def apply(operation: str, value: int) -> int:
 
 def make_row(start: int, operations: list[str]) -> dict[str, str]:
     """A problem with its reference (two operations a line) and its answer."""
-    rows = "".join(map("".join, zip(LABELS, operations, strict=False)))
+    rows = "".join(map("".join, zip(LABELS[: len(operations)], operations, strict=True)))
     values = [start]
     for operation in operations:
         values.append(apply(operation, values[-1]))
@@ -375,7 +375,7 @@ def main() -> None:
     sub.add_argument("folder", type=Path)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--steps", type=int, default=1000)
-    sub.add_argument("--length", type=int, default=6)
+    sub.add_argument("--length", type=int, default=6, choices=range(2, 9, 2))
     sub = commands.add_parser("judge")
     sub.add_argument("--url-file", type=Path, required=True)
     args = parser.parse_args()
