@@ -113,11 +113,14 @@ def calibrate(settings: CalibrateSettings) -> None:
     rows = exprl.load_rows(settings.data, settings.split, settings.problems, needed)
     show_reference(rows, "wrong", settings.seed)  # stops if there is only one
     out, names = Path(settings.out), ["right", "none", "wrong"]
+    if (settings.judge_input, settings.rubric) == ("quotes", "none"):
+        names.remove("none")  # then there is nothing to quote for
     judge = Judge(settings, out)
     attempts = make_attempts(rows, settings)
     table = DataFrame(attempts, columns=["attempt", "text", "correct"])
     print(
-        f"{judge.name}: up to {4 * (len(table) + len(rows)):,} calls (more if replies lack a score)"
+        f"{judge.name}: up to {(len(names) + 1) * (len(table) + len(rows)):,} calls "
+        "(more if replies lack a score)"
     )
     try:
         for name in (*names, "right again"):

@@ -124,6 +124,14 @@ def test_a_perfect_judge(calibrate):
     assert {r["right: words"] for r in records if r["text"]} == {"Score: 5", "Score: 3", "Score: 1"}
 
 
+def test_without_reference_and_checkpoints_nothing_is_quoted_or_paid(calibrate):
+    flags = ("--judge-input", "quotes", "--rubric", "none")
+    output, records, _ = calibrate(lambda *_: "for all\n1: 1", 2, *flags)
+    assert row_of(output, "failed") == ["0.0%"] * 2  # right and wrong
+    assert all("none" not in record for record in records)
+    assert "{'judge_calls': 24, " in output  # 3 passes, 2 problems, 4 attempts that are not empty
+
+
 def test_a_judge_that_throws_dice(calibrate):
     output, records, _ = calibrate(throw_dice, 40, "--rubric", "none")
     for cell in row_of(output, "AUROC"):
