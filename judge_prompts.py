@@ -343,16 +343,21 @@ def parse_rubric(reply: str) -> str | None:
     return "\n".join(f"- {point.strip()}" for point in points) if 2 <= len(points) <= 6 else None
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, of a single line its sentences; without bullets, and no empty ones."""
+    lines = text.strip().split("\n")
+    if len(lines) == 1:
+        lines = re.split(r"(?<=[.!?])\s+(?=[^\Wa-z])", text)
+    return [re.sub(r"^\s*[-*#]+\s+", "", line).strip() for line in lines if re.search(r"\w", line)]
+
+
 def list_checkpoints(text: str) -> list[str]:
     """The lines of a rubric or reference (of a single line: its sentences) that hold a number, the
     last 16 at most; all of them, if none does.
     >>> list_checkpoints("Let x be his age. Then 2x = 8. So x = 4.")
     ['Then 2x = 8.', 'So x = 4.']
     """
-    lines = text.strip().split("\n")
-    if len(lines) == 1:
-        lines = re.split(r"(?<=[.!?])\s+(?=[^\Wa-z])", text)
-    lines = [re.sub(r"^\s*[-*#]+\s+", "", line).strip() for line in lines if re.search(r"\w", line)]
+    lines = split_lines(text)
     return ([line for line in lines if re.search(r"\d", line)] or lines)[-16:]
 
 
