@@ -27,6 +27,7 @@ HANDED_OUT = ["exprl.py", "judge_prompts.py", "requirements.txt", "train_small.s
 HANDED_OUT += [
     f"tests/{name}"
     for name in (
+        "attempts.py",
         "baselines.py",
         "calibrate.py",
         "compare.py",

@@ -84,7 +84,8 @@ def advantage_correlation(method: str, fnr: float, fpr: float, groups: int = 100
         valid = torch.ones(len(rewards), dtype=torch.bool)
         return exprl.group_advantages(torch.tensor(rewards), valid, 8).numpy()
 
-    return float(np.corrcoef(advantages(exact), advantages(told))[0, 1])
+    with np.errstate(invalid="ignore"):  # all the same: no correlation
+        return float(np.corrcoef(advantages(exact), advantages(told))[0, 1])
 
 
 def bootstrap(statistic: Callable, n: int) -> list[float]:
@@ -225,20 +226,25 @@ def calibrate(settings: CalibrateSettings) -> None:
     fnr, fpr, misplaced, auroc = (found["right", measure] for measure in measures)
     signal = advantage_correlation(settings.method, fnr[0], fpr[0])
     at_worst = advantage_correlation(settings.method, fnr[2], fpr[2])
-    attacks = means["right"][table["attempt"] == "talk to the judge"].dropna().sort_values()
+    talk = table["attempt"] == "talk to the judge"
+    attacks = means["right"][talk].dropna().sort_values()
     others = means["right"][table["attempt"] == "another problem's"].mean()
-    best_attack = table["text"][attacks.index[-1:]].tolist()
+    for best in attacks.index[-1:]:
+        print(f"of the attempts that talk to the judge the best got {attacks[best]:.2f}: ", end="")
+        print(repr(table["text"][best]))
     flaws = {
         f"misplacement {misplaced[0]:.2f} (chance: .50), by which {settings.method} advantages "
         f"correlate {signal:.2f} with an exact judge's (simulated; .50 is needed)": not signal
         >= 0.5,
         "AUROC undefined (one score for all, or none)": math.isnan(auroc[0]),
         f"over 10% failed: {judge.last_error}": means["right"].isna().mean() > 0.1,
-        f"it can be talked into a score: {attacks.mean():.2f}, where another problem's reference "
-        f"gets {others:.2f}; {attacks.max():.2f} for {best_attack}": attacks.mean() > others + 0.5,
+        f"it can be talked into a score: {attacks.mean():.2f} on average, where another problem's "
+        f"reference gets {others:.2f}": attacks.mean() > others + 0.5,
     }
     why = "; ".join(flaw for flaw, is_one in flaws.items() if is_one)
     print(f"verdict: do not train with it: {why}" if why else "verdict: train with it")
+    if why and settings.judge_input != "quotes":
+        print("to try next: a stronger judge, or --judge-input quotes, which a weak one can do")
     if not why and not at_worst >= 0.5:
         print(
             f"but that is uncertain: with FNR {fnr[2]:.2f} and FPR {fpr[2]:.2f}, which are still in"

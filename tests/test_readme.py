@@ -33,7 +33,7 @@ README = PAGES[ROOT / "README.md"]
 SMALL = {
     "train": "--steps 1 --prompts-per-step 2 --group-size 2 --max-new-tokens 60",
     "eval": "--problems 4 --samples 2 --max-new-tokens 60",
-    "calibrate": "--problems 2 --samples 2 --max-new-tokens 60",
+    "calibrate": "--problems 3 --samples 2 --max-new-tokens 60",
 }
 ELSEWHERE = {  # command: the test that runs it
     "bash train_small.sh": test_walkthrough.test_the_readme_s_first_command,

@@ -737,7 +737,7 @@ def test_help_and_settings(command, capsys):
         assert field.metadata["meaning"].replace("-", "") in text.replace("-", "")
 
 
-@pytest.mark.parametrize("program", ["report", "calibrate", "baselines"])
+@pytest.mark.parametrize("program", ["report", "calibrate", "baselines", "judge_eval"])
 def test_help_of_the_other_programs(program, capsys):
     command = [sys.executable, str(TESTS / f"{program}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
