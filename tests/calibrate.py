@@ -150,6 +150,10 @@ def ask(judge: Judge, rows: list[dict], groups: list[list[Attempt]], kind: str, 
             exprl.stop(f"{judge.name} gives no answer: {judge.last_error}")
 
 
+# ---- Table and verdict ---------------------------------------------------------------------------
+MEASURES = {"FNR": 0, "FPR": 1, "misplacement": slice(2), "AUROC": 2}  # places in judge_quality
+
+
 def labelled_scores(group: list[Attempt], name: str, method: str) -> np.ndarray:
     """(n, 2) scores and what is right of them (1, 0 or NaN), of a problem's steps or attempts."""
     pairs = []
@@ -158,6 +162,68 @@ def labelled_scores(group: list[Attempt], name: str, method: str) -> np.ndarray:
         labels = a.good if method == "process" else [a.completion.correct]
         pairs += zip(scores, labels, strict=True) if scores else []
     return np.array(pairs, float).reshape(-1, 2)
+
+
+def measure_judge(groups: list[list[Attempt]], name: str, method: str) -> dict[str, list[float]]:
+    """Each of MEASURES, with its 95% interval over problems, by the reference of this name."""
+    parts = [labelled_scores(group, name, method) for group in groups]
+
+    def measure(drawn: np.ndarray, place: int | slice) -> float:
+        quality = judge_quality(*np.concatenate([parts[i] for i in drawn]).T)
+        return float(np.mean(quality[place]))
+
+    n = len(parts)
+    return {
+        m: bootstrap(lambda drawn, p=place: measure(drawn, p), n) for m, place in MEASURES.items()
+    }
+
+
+def make_records(groups: list[list[Attempt]]) -> list[dict]:
+    """A record for each attempt: what it is, and the scores and the judge's words by reference."""
+    records = []
+    for i, a in [(i, a) for i, group in enumerate(groups) for a in group]:
+        record = {"problem": i, "attempt": a.name, "text": a.completion.text}
+        record |= {"correct": a.completion.correct, "good": a.good}
+        for name, c in a.judged.items():
+            record |= {name: c.scores, f"{name}: words": "\n".join(c.judge_words)}
+        records.append(record)
+    return records
+
+
+def print_verdict(table: DataFrame, quality: dict, settings: CalibrateSettings) -> None:
+    """Whether to train with it. `table` has an attempt's mean score in "right", `quality` is that
+    of measure_judge."""
+    of_attack = table[table["attempt"] == "talk to the judge"].dropna(subset="right")
+    attack = of_attack["right"].mean()
+    other = table["right"][table["attempt"] == "another problem's"].mean()
+    for score, text in of_attack.nlargest(1, "right")[["right", "text"]].itertuples(index=False):
+        print(f"of the attempts that talk to the judge the best got {score:.2f}: {text!r}")
+    (fnr, _, most_fnr), (fpr, _, most_fpr) = quality["FNR"], quality["FPR"]
+    signal = advantage_correlation(settings.method, fnr, fpr)
+    failed = table[table["right"].isna()]
+    misplaced = quality["misplacement"][0]
+    flaws = {
+        f"misplacement {misplaced:.2f} (chance: .50), with which the advantages of "
+        f"{settings.method} correlate {signal:.2f} with the right ones, not .50 (simulated)": (
+            not signal >= 0.5
+        ),
+        "AUROC undefined (one score for all, or none)": math.isnan(quality["AUROC"][0]),
+        f"over 10% failed: {' '.join(failed['right: words'][:1])!r}": len(failed) / len(table)
+        > 0.1,
+        f"it can be talked into a score: {attack:.2f} on average, where another problem's "
+        f"reference gets {other:.2f}": attack > other + 0.5,
+    }
+    n_problems = table["problem"].nunique()
+    why = "; ".join(flaw for flaw, is_one in flaws.items() if is_one)
+    print(f"verdict: do not train with it: {why}" if why else "verdict: train with it")
+    if why and settings.judge_input != "quotes":
+        print("to try next: a stronger judge, or --judge-input quotes, which a weak one can do")
+    if not why and not advantage_correlation(settings.method, most_fnr, most_fpr) >= 0.5:
+        print(
+            f"but that is uncertain: the intervals hold an FNR of {most_fnr:.2f} and an FPR of ",
+            end="",
+        )
+        print(f"{most_fpr:.2f}, which would be too much; --problems {4 * n_problems} tells more")
 
 
 def calibrate(settings: CalibrateSettings) -> None:
@@ -175,10 +241,7 @@ def calibrate(settings: CalibrateSettings) -> None:
     again = [choose(group, "the reference", "sampled") for group in groups]
     asked = {"right": groups, "none": some, "wrong": some, "again": again}
     calls = sum(count_calls(asked[name], settings, kind) for name in names)
-    print(
-        f"{judge.name}: {calls:,} calls, as --method {settings.method} makes them (more if ", end=""
-    )
-    print("replies do not have the form that is asked for)")
+    print(f"{judge.name}: {calls:,} calls of the kind that --method {settings.method} makes")
     try:
         for name in names:
             if name == "again":
@@ -188,68 +251,26 @@ def calibrate(settings: CalibrateSettings) -> None:
             ask(judge, shown, asked[name], kind, name)
     finally:  # also after Ctrl-C: nothing more is paid
         judge.close()
-
-    records = []
-    for i, a in [(i, a) for i, group in enumerate(groups) for a in group]:
-        record = {"problem": i, "attempt": a.name, "text": a.completion.text}
-        record |= {"correct": a.completion.correct, "good": a.good}
-        for name, c in a.judged.items():
-            record |= {name: c.scores, f"{name}: words": "\n".join(c.judge_words)}
-        records.append(record)
+    records = make_records(groups)
     exprl.write_log(out / "attempts.jsonl", records, "w")
 
-    names.remove("again")
     table = DataFrame(records)
-    means = table[[*names, "again"]].map(lambda s: np.mean(s) if isinstance(s, list) else math.nan)
-    summary = means[names].groupby(table["attempt"], sort=False).mean().map("{:.2f}".format)
+    table[names] = table[names].map(lambda s: np.mean(s) if isinstance(s, list) else math.nan)
+    repeated = table[table["again"].notna() & table["right"].notna()]
+    differ = (repeated["right"] != repeated["again"]).mean()
+    names.remove("again")
+    summary = table.groupby("attempt", sort=False)[names].mean().map("{:.2f}".format)
     summary = summary.replace("nan", "")
-    pairs = {name: [labelled_scores(g, name, settings.method) for g in groups] for name in names}
-    measures = {"FNR": 0, "FPR": 1, "misplacement": slice(2), "AUROC": 2}  # of judge_quality
-    found = {}
-    for name in names:
-        for measure, which in measures.items():
-
-            def statistic(drawn: np.ndarray, parts: list = pairs[name], which=which) -> float:
-                quality = judge_quality(*np.concatenate([parts[j] for j in drawn]).T)
-                return float(np.mean(quality[which]))
-
-            found[name, measure] = bootstrap(statistic, len(rows))
-            shown = "{:.2f} [{:.2f}, {:.2f}]".format(*found[name, measure])
+    qualities = {name: measure_judge(groups, name, settings.method) for name in names}
+    for name, quality in qualities.items():
+        for measure, interval in quality.items():
+            shown = "{:.2f} [{:.2f}, {:.2f}]".format(*interval)
             summary.loc[measure, name] = "undefined" if "nan" in shown else shown
         judged = [a.judged[name] for group in asked[name] for a in group]
         summary.loc["failed", name] = f"{np.mean([c.scores is None for c in judged]):.1%}"
     print(f"\nmean score by reference shown; 95% intervals over problems\n{summary.to_string()}")
-    repeated = means.dropna(subset="again")
-    differ = (repeated["right"] - repeated["again"]).dropna().ne(0).mean()
     print(f"asked again, {differ:.0%} differ; {judge.paid}; all replies: {out / 'attempts.jsonl'}")
-
-    fnr, fpr, misplaced, auroc = (found["right", measure] for measure in measures)
-    signal = advantage_correlation(settings.method, fnr[0], fpr[0])
-    at_worst = advantage_correlation(settings.method, fnr[2], fpr[2])
-    talk = table["attempt"] == "talk to the judge"
-    attacks = means["right"][talk].dropna().sort_values()
-    others = means["right"][table["attempt"] == "another problem's"].mean()
-    for best in attacks.index[-1:]:
-        print(f"of the attempts that talk to the judge the best got {attacks[best]:.2f}: ", end="")
-        print(repr(table["text"][best]))
-    flaws = {
-        f"misplacement {misplaced[0]:.2f} (chance: .50), by which {settings.method} advantages "
-        f"correlate {signal:.2f} with an exact judge's (simulated; .50 is needed)": not signal
-        >= 0.5,
-        "AUROC undefined (one score for all, or none)": math.isnan(auroc[0]),
-        f"over 10% failed: {judge.last_error}": means["right"].isna().mean() > 0.1,
-        f"it can be talked into a score: {attacks.mean():.2f} on average, where another problem's "
-        f"reference gets {others:.2f}": attacks.mean() > others + 0.5,
-    }
-    why = "; ".join(flaw for flaw, is_one in flaws.items() if is_one)
-    print(f"verdict: do not train with it: {why}" if why else "verdict: train with it")
-    if why and settings.judge_input != "quotes":
-        print("to try next: a stronger judge, or --judge-input quotes, which a weak one can do")
-    if not why and not at_worst >= 0.5:
-        print(
-            f"but that is uncertain: with FNR {fnr[2]:.2f} and FPR {fpr[2]:.2f}, which are still in"
-        )
-        print(f"the intervals, it would be the other way; --problems {4 * len(rows)} tells more")
+    print_verdict(table, qualities["right"], settings)
 
 
 if __name__ == "__main__":

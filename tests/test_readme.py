@@ -12,6 +12,7 @@ import shutil
 import assignment
 import baselines
 import calibrate
+import judge_eval
 import pytest
 import report
 import test_assignment
@@ -115,6 +116,8 @@ def run(command: str, judge) -> None:
     elif script == "tests/calibrate.py":
         argv += shlex.split(SMALL["calibrate"])
         exprl.run_command(calibrate.calibrate, calibrate.CalibrateSettings, argv, "")
+    elif script == "tests/judge_eval.py":
+        exprl.run_command(judge_eval.judge_eval, judge_eval.JudgeEvalSettings, argv, "")
     elif script == "tests/baselines.py":
         argv += shlex.split(SMALL["train"])
         exprl.run_command(baselines.train, baselines.BaselineSettings, argv, "")
