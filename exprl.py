@@ -446,7 +446,7 @@ class Judge:
 
         def parse(reply: str) -> list[float] | None:
             if self.settings.judge_input == "quotes":
-                return judge_prompts.quote_scores(reply, points, steps)
+                return judge_prompts.quote_scores(reply, points, c.step_texts, kind == "outcome")
             scores = [parse_score(reply, label) for label in labels]
             return None if None in scores else scores
 

@@ -22,6 +22,7 @@ Raw strings: in an ordinary one "\boxed" is a backspace followed by "oxed".
 """
 
 import hashlib
+import itertools
 import re
 from fractions import Fraction
 from string import Template
@@ -396,8 +397,9 @@ def find_checkpoints(reply: str, checkpoints: list[str], steps: list[str]) -> li
     up_to = [plain("".join(steps[: t + 1])) for t in range(len(steps))]
     found = [None] * len(checkpoints)
     for number, words in quotes:
-        # 2 is not in 12, 1.2 or 1,200: a number is quoted whole
-        whole = rf"(?!(?<=\d)\d|(?<=\d[.,])\d){re.escape(plain(words))}(?!(?<=\d)[.,]?\d)"
+        # 2 is not in 12, 1.2 or 1,200: a number is quoted whole, and so is 2 + 3, or a list 1, 2, 3
+        after = r"(?!(?<=\d)(?:[.,;\s]*|[-+*/×÷^]\(?)\d)"
+        whole = rf"(?!(?<=\d)\d|(?<=\d[.,])\d){re.escape(plain(words))}{after}"
         at = [t for t, text in enumerate(up_to) if re.search(whole, text)]
         for j, checkpoint in enumerate(checkpoints):
             value = stated_value(checkpoint)
@@ -409,23 +411,32 @@ def find_checkpoints(reply: str, checkpoints: list[str], steps: list[str]) -> li
 
 def step_scores(found: list[int | None], n: int) -> list[float]:
     """The step, 0..n - 1, that states each checkpoint (None: missing) -> a score 1..5 for each of n
-    steps: 1 + 4 times the share of checkpoints that are stated, of those due by the end of the
-    stretch that it is in. A stretch ends with a step that states one; a missing one is due with the
-    next that is stated, or at the end. Outcome: the whole is one step.
-    >>> step_scores([1, None, 2, None], 5), step_scores([0, None], 1), step_scores([0], 2)
-    ([5.0, 5.0, 3.0, 1.0, 1.0], [3.0], [5.0, 5.0])
+    steps. A stretch ends with a step that states a checkpoint; one that is missing is due with the
+    next that is stated, or at the end. All m steps of a stretch get 1 + 4 stated / max(due, m / 2):
+    two steps may lead to a checkpoint, but to guess on until a value fits is no progress.
+    >>> step_scores([1, None, 2, None], 5), step_scores([0], 2), step_scores([3], 4)
+    ([5.0, 5.0, 3.0, 1.0, 1.0], [5.0, 5.0], [3.0, 3.0, 3.0, 3.0])
     """
     due = [[] for _ in range(n)]
     end = n - 1
     for step in reversed(found):
         end = end if step is None else step
         due[end].append(step is not None)
-    scores = [1 + 4 * sum(stated) / len(stated) if stated else None for stated in due]
-    last = [score for score in scores if score is not None][-1]
-    return [next((s for s in scores[t:] if s is not None), last) for t in range(n)]
+    stretches = [stated for stated in due if stated]
+    borders = [0, *[t + 1 for t in range(n) if due[t]][:-1], n]
+    scores = []
+    for stated, (start, stop) in zip(stretches, itertools.pairwise(borders), strict=True):
+        share = sum(stated) / max(len(stated), (stop - start) / 2)
+        scores += [1 + 4 * share] * (stop - start)
+    return scores
 
 
-def quote_scores(reply: str, checkpoints: list[str], steps: list[str]) -> list[float] | None:
-    """A reply of the kind "quotes" -> a score 1..5 for each step; None if it has no quotation."""
-    found = find_checkpoints(reply, checkpoints, steps)
-    return step_scores(found, len(steps)) if found else None
+def quote_scores(reply: str, checkpoints: list, steps: list, whole: bool) -> list[float] | None:
+    """A reply of the kind "quotes" -> a score 1..5 for each step, or one for the whole, as a single
+    stretch; None if it has no quotation."""
+    found, last = find_checkpoints(reply, checkpoints, steps), len(steps) - 1
+    if not found:
+        return None
+    if whole:
+        return step_scores([None if step is None else last for step in found], len(steps))[:1]
+    return step_scores(found, len(steps))

@@ -28,7 +28,7 @@ from baselines import show_reference  # noqa: E402
 
 import exprl  # noqa: E402
 from exprl import Judge, setting  # noqa: E402
-from judge_prompts import judge_inputs, policy_prompt  # noqa: E402
+from judge_prompts import judge_inputs, list_checkpoints, policy_prompt, quote_scores  # noqa: E402
 
 
 @dataclass(kw_only=True)
@@ -150,6 +150,19 @@ def ask(judge: Judge, rows: list[dict], groups: list[list[Attempt]], kind: str, 
             exprl.stop(f"{judge.name} gives no answer: {judge.last_error}")
 
 
+def match_by_code(groups: list[list[Attempt]], method: str) -> None:
+    """What the kind "quotes" gives without a judge, each line taken as quoted: a.judged["code"]. If
+    that is as good, code alone finds what this judge finds."""
+    for a in [a for group in groups for a in group if a.judged["right"].scores]:
+        c = a.judged["right"]
+        points = list_checkpoints(c.rubric or c.row["reference"])
+        lines = re.findall(r"^.*\w.*$", c.text, re.MULTILINE) or [""]
+        reply = "\n".join(f"0: {line}" for line in lines)
+        scores = quote_scores(reply, points, c.step_texts, method == "outcome")
+        scores = c.scores if scores is None or (method == "outcome" and c.cut) else scores
+        a.judged["code"] = dataclasses.replace(c, scores=scores, judge_words=[])
+
+
 # ---- Table and verdict ---------------------------------------------------------------------------
 MEASURES = {"FNR": 0, "FPR": 1, "misplacement": slice(2), "AUROC": 2}  # places in judge_quality
 
@@ -251,6 +264,10 @@ def calibrate(settings: CalibrateSettings) -> None:
             ask(judge, shown, asked[name], kind, name)
     finally:  # also after Ctrl-C: nothing more is paid
         judge.close()
+    if settings.judge_input == "quotes":
+        match_by_code(groups, settings.method)
+        names.append("code")
+        asked["code"] = groups
     records = make_records(groups)
     exprl.write_log(out / "attempts.jsonl", records, "w")
 
@@ -266,7 +283,7 @@ def calibrate(settings: CalibrateSettings) -> None:
         for measure, interval in quality.items():
             shown = "{:.2f} [{:.2f}, {:.2f}]".format(*interval)
             summary.loc[measure, name] = "undefined" if "nan" in shown else shown
-        judged = [a.judged[name] for group in asked[name] for a in group]
+        judged = [a.judged[name] for group in asked[name] for a in group if name in a.judged]
         summary.loc["failed", name] = f"{np.mean([c.scores is None for c in judged]):.1%}"
     print(f"\nmean score by reference shown; 95% intervals over problems\n{summary.to_string()}")
     print(f"asked again, {differ:.0%} differ; {judge.paid}; all replies: {out / 'attempts.jsonl'}")

@@ -165,9 +165,22 @@ def test_by_prefix_there_is_a_call_for_each_step(calibrate):
 def test_without_reference_and_checkpoints_nothing_is_quoted_or_paid(calibrate):
     flags = ("--judge-input", "quotes", "--rubric", "none")
     output, records, requests = calibrate(lambda *_: "for all\n1: 1", 3, *flags)
-    assert row_of(output, "failed") == ["0.0%"] * 2  # right and wrong
+    assert row_of(output, "failed") == ["0.0%"] * 3  # right, wrong and code
     assert all("none" not in record for record in records)
     assert f"'judge_calls': {len(requests)}, " in output
+
+
+@pytest.mark.parametrize("method", ["process", "outcome"])
+def test_what_code_finds_without_the_judge_is_beside_what_it_quotes(calibrate, method):
+    """This judge quotes nothing; each line taken as quoted, all of the reference is found."""
+    flags = ("--judge-input", "quotes", "--rubric", "none", "--method", method)
+    output, records, _ = calibrate(lambda *_: "for all\n1: none", 4, *flags)
+    assert row_of(output, "the reference") == ["1.00", "1.00", "5.00"]
+    assert row_of(output, "another problem's")[-1] == "1.00"
+    by_quotes, _, by_code = (float(cell[:4]) for cell in row_of(output, "misplacement"))
+    assert by_code < 0.1 < by_quotes
+    assert verdict_of(output).startswith("do not train with it")
+    assert all(len(r["code"]) == len(r["right"]) for r in records)
 
 
 def test_a_judge_that_throws_dice(calibrate):

@@ -281,7 +281,7 @@ WORK = ("### 3 * 4 = **12** pens\n", "### Then 12 - 5\n= 7 are left\n", "### so 
         ("2: 12", [0, None, None, None]),  # it is 7, not 12; but 12 is the first's
         ("1: pens\n2: ### 3\n3: then", [None] * 4),
         ("4: so", [None, None, None, 2]),  # no value: words of the attempt under its number
-        ("3: so 7", [None, 2, None, None]),  # in step 3, where the words are
+        ("3: so 7", [None] * 4),  # cut from 7 + 14
         ("3: so 7 + 1", [None] * 4),  # not what is said: 7 + 14
         ("3: 7 + 14 = $102", [None] * 4),
         ("9" * 5000 + ": 3 * 4 = 12", [0, None, None, None]),
@@ -313,12 +313,15 @@ def test_the_step_is_the_first_of_those_quoted():
     [
         ([0, 1, 2], 3, [5, 5, 5]),
         ([None, None], 3, [1, 1, 1]),
-        ([1, 3], 6, [5, 5, 5, 5, 5, 5]),  # steps on the way, and after the end
+        ([1, 3], 5, [5, 5, 11 / 3, 11 / 3, 11 / 3]),  # steps on the way are two at most
+        ([1, 3], 4, [5, 5, 5, 5]),
+        ([0, 2, 8], 9, [5, 5, 5, *[1 + 4 / 3] * 6]),  # guessing until a value fits
         ([1, None], 4, [5, 5, 1, 1]),  # the attempt leaves the path
         ([None, None, None, 2], 4, [2, 2, 2, 2]),  # an answer out of the blue
         ([0, None, 1, None], 2, [5, 1 + 4 / 3]),  # what is never stated is due at the end
         ([2, 0, 1], 3, [5, 5, 5]),  # in another order
         ([0, 0, None, 0], 1, [4]),  # the whole attempt as one step: its share
+        ([1, None], 4, [5, 5, 1, 1]),
     ],
 )
 def test_a_stretch_of_steps_is_paid_by_the_checkpoints_that_it_states(found, n, scores):
@@ -356,6 +359,20 @@ def test_a_number_is_quoted_whole(text):
         point = f"{judge_prompts.stated_value(text)} pens"
         assert judge_prompts.find_checkpoints(f"1: {text}", [point], [attempt]) == [None]
     assert judge_prompts.find_checkpoints("1: = 24", ["24 x"], ["48/2 = 24.\n", "48 + 1"]) == [0]
+
+
+@pytest.mark.parametrize("words", ["7", "5 6 7", "is 7", "7 8 9"])
+def test_who_lists_numbers_has_stated_none_of_them(words):
+    for attempt in ("it is 7 8 9 10", "it is 5 6 7, 8, 9, 10", "it is 7;8;9 10", "is 7 - (2)"):
+        assert judge_prompts.find_checkpoints(f"1: {words}", ["7 left"], [attempt]) == [None]
+    for attempt in (
+        "it is 7, so 9 more",
+        "it is 7-fold",
+        "it is 7. Then 8",
+        "7 (of 9)",
+        "= 7 = 14/2",
+    ):
+        assert judge_prompts.find_checkpoints("1: 7", ["7 left"], [attempt]) == [0]
 
 
 @pytest.mark.parametrize(
@@ -418,7 +435,7 @@ def test_the_toy_judge_knows_longer_chains_too():
             assert toy_world.reply_to(asked).endswith(f"Score: {score}")
             points = judge_prompts.list_checkpoints(row["reference"])
             reply = toy_world.reply_to(judge_prompts.quote_messages(row, points, text))
-            assert judge_prompts.quote_scores(reply, points, steps[:n]) == quoted
+            assert judge_prompts.quote_scores(reply, points, steps[:n], False) == quoted
 
 
 def test_the_toy_judge_quotes_what_is_right():
@@ -430,7 +447,17 @@ def test_the_toy_judge_quotes_what_is_right():
     late = [5, 5, *[1 + 8 / 3] * 4]  # the second checkpoint is missing, two are stated after it
     for attempt, scores in ((steps, [5] * 6), (wrong, late), (steps[:3], [5, 5, 1])):
         reply = toy_world.reply_to(judge_prompts.quote_messages(row, points, "".join(attempt)))
-        assert judge_prompts.quote_scores(reply, points, attempt) == pytest.approx(scores)
+        assert judge_prompts.quote_scores(reply, points, attempt, False) == pytest.approx(scores)
+
+
+def test_the_whole_is_one_stretch():
+    """Outcome: the share of the checkpoints; of more than two steps each, the share of steps."""
+    points, steps = ["7 left", "14 more"], ["7 left\n", *["9 it is\n"] * 6, "14 more"]
+    for n, score in ((1, 3), (4, 3), (5, 1 + 4 / 2.5), (8, 3)):
+        reply = "1: 7 left\n2: 14 more"
+        scores = judge_prompts.quote_scores(reply, points, steps[:n], True)
+        assert scores == [pytest.approx(score)], n
+    assert judge_prompts.quote_scores("no", points, steps, True) is None
 
 
 # --------------------------------------------------------------------------------------------------
