@@ -209,7 +209,8 @@ def print_verdict(table: DataFrame, quality: dict, settings: CalibrateSettings) 
     of_attack = table[table["attempt"] == "talk to the judge"].dropna(subset="right")
     attack = of_attack["right"].mean()
     other = table["right"][table["attempt"] == "another problem's"].mean()
-    for score, text in of_attack.nlargest(1, "right")[["right", "text"]].itertuples(index=False):
+    talked = of_attack[of_attack["right"] > 1].nlargest(1, "right")
+    for score, text in talked[["right", "text"]].itertuples(index=False):
         print(f"of the attempts that talk to the judge the best got {score:.2f}: {text!r}")
     (fnr, _, most_fnr), (fpr, _, most_fpr) = quality["FNR"], quality["FPR"]
     signal = advantage_correlation(settings.method, fnr, fpr)
@@ -254,7 +255,7 @@ def calibrate(settings: CalibrateSettings) -> None:
     again = [choose(group, "the reference", "sampled") for group in groups]
     asked = {"right": groups, "none": some, "wrong": some, "again": again}
     calls = sum(count_calls(asked[name], settings, kind) for name in names)
-    print(f"{judge.name}: {calls:,} calls of the kind that --method {settings.method} makes")
+    print(f"{judge.name}: up to {calls:,} calls of the kind that --method {settings.method} makes")
     try:
         for name in names:
             if name == "again":

@@ -155,8 +155,9 @@ def test_a_perfect_judge_of_steps(calibrate):
 
 def test_by_prefix_there_is_a_call_for_each_step(calibrate):
     output, _, requests = calibrate(perfect, 3, "--judge-input", "prefix", "--rubric", "none")
-    paid = int(re.search(r": ([\d,]+) calls", output)[1])
-    assert len(requests) == paid and f"'judge_calls': {paid}" in output
+    paid = int(re.search(r"up to ([\d,]+) calls", output)[1])
+    # the first step of a reference and its first half is asked once, or (in two threads) twice
+    assert paid - 9 <= len(requests) <= paid and f"'judge_calls': {len(requests)}" in output
     # of each problem 10 steps of 6 attempts from references; with none and wrong 4 each; 2 again
     n_attacks = sum(len(exprl.split_steps(list(a))) for a in attempts.ATTACKS[1:])
     assert paid == 3 * (10 + 4 + 4 + 2) + n_attacks
@@ -221,7 +222,7 @@ def test_a_judge_that_is_talked_into_a_5(calibrate):
 def test_a_judge_that_fails_often(calibrate):
     """A failure is no low score: it is counted, and left out of the rest."""
     output, records, _ = calibrate(unreliable, 6, *OUTCOME)
-    assert verdict_of(output).startswith("do not train with it: over 10% failed: no score in its")
+    assert verdict_of(output).startswith("do not train with it: over 10% failed: 'Score: ?'")
     failed = [r for r in records if r["right"] is None]
     assert row_of(output, "failed")[0] == f"{len(failed) / len(records):.1%}"
     assert {r["problem"] for r in failed} == {0, 3}
@@ -382,7 +383,7 @@ def test_the_references_that_it_is_shown_and_what_is_paid_for(calibrate):
         assert pair in own or asked[pair] == 2
     n_attacks = len(attempts.ATTACKS) - 1  # ":" has no word: no call
     assert sum(asked[pair] for pair in own) == n * 6 + n_attacks + n
-    paid = int(re.search(r": ([\d,]+) calls", output)[1])
+    paid = int(re.search(r"up to ([\d,]+) calls", output)[1])
     assert len(requests) == paid and f"'judge_calls': {paid}" in output
 
     output, _, requests = calibrate(throw_dice, n)  # all is in the cache
@@ -396,7 +397,7 @@ def test_a_first_verdict_takes_at_most_100_calls(tiny, judge, tmp_path, capsys):
     for method in ("process", "outcome"):
         run_calibrate([*flags, "--method", method, "--model", str(tiny / "base")])
         output = capsys.readouterr().out
-        assert 80 < int(re.search(r": ([\d,]+) calls", output)[1]) <= 100
+        assert 80 < int(re.search(r"up to ([\d,]+) calls", output)[1]) <= 100
         assert verdict_of(output) == "train with it"
 
 
