@@ -45,11 +45,13 @@ ELSEWHERE = {  # command: the test that runs it
     'process-group" bash train_small.sh compare': test_compare.test_the_judge_is_the_one_asked_for,
     'SEEDS="1 2 3 4 5 6 7 8" SYSTEMS="sparse outcome process-delta process-group" '
     "RUNS=runs/eight-seeds bash train_small.sh compare": None,  # as the two above
+    'LENGTH=8 SEEDS="1 2 3" SYSTEMS="sparse outcome process-delta process-group" '
+    "RUNS=runs/eight bash train_small.sh compare": None,
     "python tests/assignment.py grade assignment --out grades.csv": test_assignment.graded,
 }
 PROGRAMS = ("vllm ", "ollama ", "OLLAMA_", "llama-server ", "transformers ", "pip ")  # not ours
 COMMAND = re.compile(
-    rf"(?:python|bash|export|SEEDS=|JUDGE_MODEL=|{'|'.join(map(re.escape, PROGRAMS))})"
+    rf"(?:python|bash|export|SEEDS=|LENGTH=|JUDGE_MODEL=|{'|'.join(map(re.escape, PROGRAMS))})"
 )
 
 
