@@ -22,7 +22,6 @@ Raw strings: in an ordinary one "\boxed" is a backspace followed by "oxed".
 """
 
 import hashlib
-import itertools
 import re
 from fractions import Fraction
 from string import Template
@@ -422,11 +421,11 @@ def step_scores(found: list[int | None], n: int) -> list[float]:
     for step in reversed(found):
         end = end if step is None else step
         due[end].append(step is not None)
-    stretches = [stated for stated in due if stated]
-    borders = [0, *[t + 1 for t in range(n) if due[t]][:-1], n]
+    ends = [t for t in range(n) if due[t]]
+    starts = [0, *(end + 1 for end in ends[:-1])]
     scores = []
-    for stated, (start, stop) in zip(stretches, itertools.pairwise(borders), strict=True):
-        share = sum(stated) / max(len(stated), (stop - start) / 2)
+    for start, stop, end in zip(starts, [*starts[1:], n], ends, strict=True):
+        share = sum(due[end]) / max(len(due[end]), (stop - start) / 2)
         scores += [1 + 4 * share] * (stop - start)
     return scores
 
@@ -438,5 +437,6 @@ def quote_scores(reply: str, checkpoints: list, steps: list, whole: bool) -> lis
     if not found:
         return None
     if whole:
-        return step_scores([None if step is None else last for step in found], len(steps))[:1]
-    return step_scores(found, len(steps))
+        found = [None if step is None else last for step in found]
+    scores = step_scores(found, len(steps))
+    return scores[:1] if whole else scores

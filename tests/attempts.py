@@ -1,8 +1,8 @@
 r"""Attempts of known worth at a problem: what calibrate.py asks a judge about.
 
 They are made from the problem's reference, whose steps are known to be right, and from ATTACKS:
-texts without a word of mathematics that try to get a score. A policy is trained on whatever gets
-one, so sooner or later it writes what works.
+texts that establish nothing, and try to get a score all the same. A policy is trained on whatever
+gets one, so sooner or later it writes what works.
 """
 
 import re
@@ -73,7 +73,7 @@ def change_result(step: str) -> str:
         return step
     place = (after[:1] or numbers[-1:])[0]
     changed = str(int(place[0][0]) % 9 + 1) + place[0][1:]
-    whole = rf"(?<![\d.]){re.escape(place[0])}(?![\d])"
+    whole = rf"(?<![\d.]){re.escape(place[0])}(?!\d)"
     return step[: place.start()] + re.sub(whole, changed, step[place.start() :])
 
 

@@ -27,7 +27,7 @@ from attempts import ATTACKS, Attempt, make_attempts  # noqa: E402
 from baselines import show_reference  # noqa: E402
 
 import exprl  # noqa: E402
-from exprl import Judge, setting  # noqa: E402
+from exprl import Completion, Judge, setting  # noqa: E402
 from judge_prompts import judge_inputs, list_checkpoints, policy_prompt, quote_scores  # noqa: E402
 
 
@@ -88,11 +88,16 @@ def advantage_correlation(method: str, fnr: float, fpr: float, groups: int = 100
         return float(np.corrcoef(advantages(exact), advantages(told))[0, 1])
 
 
-def bootstrap(statistic: Callable, n: int) -> list[float]:
-    """statistic(numbers of the n problems) and its 95% interval over 1000 draws of n of them."""
+def bootstrap(statistic: Callable, n: int) -> list[list[float]]:
+    """statistic(numbers of the n problems) is a list of numbers; each of them, and its 95% interval
+    over 1000 draws of n problems (of those where it is a number)."""
     draws = [statistic(drawn) for drawn in np.random.default_rng(0).integers(n, size=(1000, n))]
-    interval = np.percentile([x for x in draws if x == x] or [math.nan], [2.5, 97.5])
-    return [float(x) for x in (statistic(np.arange(n)), *interval)]
+    measured = []
+    for value, drawn in zip(statistic(np.arange(n)), np.array(draws, float).T, strict=True):
+        numbers = drawn[~np.isnan(drawn)]
+        interval = np.percentile(numbers if len(numbers) else [math.nan], [2.5, 97.5])
+        measured.append([float(value), *interval.tolist()])
+    return measured
 
 
 # ---- Attempts and verdicts -----------------------------------------------------------------------
@@ -127,44 +132,49 @@ def choose(group: list[Attempt], *names: str) -> list[Attempt]:
 
 
 def count_calls(groups: list[list[Attempt]], settings: CalibrateSettings, kind: str) -> int:
-    """Judge calls for these attempts, if each reply has the form that was asked for."""
+    """Judge calls for these attempts at most, if each reply has the form that was asked for."""
     calls = len(groups) if settings.rubric == "checkpoints" else 0
     for c in [attempt.completion for group in groups for attempt in group]:
-        if re.search(r"\w", c.text) and not (kind == "outcome" and c.cut):
+        if re.search(r"\w", c.text):
             calls += len(judge_inputs(kind, c.text, c.step_texts))
     return calls
 
 
+def judge_problem(judge: Judge, completions: list[Completion], kind: str) -> None:
+    """Have completions of a problem judged. Stops if the judge has answered none of them; a reply
+    without a verdict is an answer."""
+    for verdict in judge.submit(completions, kind):
+        verdict.result()
+    last_words = [c.judge_words[-1] for c in completions if c.judge_words]
+    if last_words and all(words.startswith("(no verdict: ") for words in last_words):
+        exprl.stop(f"{judge.name} gives no answer: {judge.last_error}")
+
+
 def ask(judge: Judge, rows: list[dict], groups: list[list[Attempt]], kind: str, name: str) -> None:
-    """Have the attempts judged by what these rows hold as references: attempt.judged[name]. Stops
-    as soon as the judge has answered nothing at all on a problem."""
+    """Have the attempts judged by what these rows hold as references: attempt.judged[name]."""
     for row, group in tqdm(list(zip(rows, groups, strict=True)), f"{name}: problems", leave=False):
         for a in group:
             fresh = {"row": row, "judge_words": [], "scores": None}
             a.judged[name] = dataclasses.replace(a.completion, **fresh)
-        judged = [a.judged[name] for a in group]
-        for verdict in judge.submit(judged, kind):
-            verdict.result()
-        last_words = [c.judge_words[-1] for c in judged if c.judge_words]
-        if last_words and all(words.startswith("(no verdict: ") for words in last_words):
-            exprl.stop(f"{judge.name} gives no answer: {judge.last_error}")
+        judge_problem(judge, [a.judged[name] for a in group], kind)
 
 
 def match_by_code(groups: list[list[Attempt]], method: str) -> None:
     """What the kind "quotes" gives without a judge, each line taken as quoted: a.judged["code"]. If
     that is as good, code alone finds what this judge finds."""
-    for a in [a for group in groups for a in group if a.judged["right"].scores]:
+    for a in [a for group in groups for a in group]:
         c = a.judged["right"]
-        points = list_checkpoints(c.rubric or c.row["reference"])
-        lines = re.findall(r"^.*\w.*$", c.text, re.MULTILINE) or [""]
-        reply = "\n".join(f"0: {line}" for line in lines)
-        scores = quote_scores(reply, points, c.step_texts, method == "outcome")
-        scores = c.scores if scores is None or (method == "outcome" and c.cut) else scores
-        a.judged["code"] = dataclasses.replace(c, scores=scores, judge_words=[])
+        if c.scores and c.judge_words:  # what the judge was not asked about keeps its score
+            points = list_checkpoints(c.rubric or c.row["reference"])
+            lines = re.findall(r"^.*\w.*$", c.text, re.MULTILINE)
+            reply = "\n".join(f"0: {line}" for line in lines)
+            scores = quote_scores(reply, points, c.step_texts, method == "outcome")
+            c = dataclasses.replace(c, scores=scores, judge_words=[])
+        a.judged["code"] = c
 
 
 # ---- Table and verdict ---------------------------------------------------------------------------
-MEASURES = {"FNR": 0, "FPR": 1, "misplacement": slice(2), "AUROC": 2}  # places in judge_quality
+MEASURES = ("FNR", "FPR", "misplacement", "AUROC")
 
 
 def labelled_scores(group: list[Attempt], name: str, method: str) -> np.ndarray:
@@ -181,14 +191,11 @@ def measure_judge(groups: list[list[Attempt]], name: str, method: str) -> dict[s
     """Each of MEASURES, with its 95% interval over problems, by the reference of this name."""
     parts = [labelled_scores(group, name, method) for group in groups]
 
-    def measure(drawn: np.ndarray, place: int | slice) -> float:
-        quality = judge_quality(*np.concatenate([parts[i] for i in drawn]).T)
-        return float(np.mean(quality[place]))
+    def measure(drawn: np.ndarray) -> list[float]:
+        fnr, fpr, auroc = judge_quality(*np.concatenate([parts[i] for i in drawn]).T)
+        return [fnr, fpr, (fnr + fpr) / 2, auroc]
 
-    n = len(parts)
-    return {
-        m: bootstrap(lambda drawn, p=place: measure(drawn, p), n) for m, place in MEASURES.items()
-    }
+    return dict(zip(MEASURES, bootstrap(measure, len(parts)), strict=True))
 
 
 def make_records(groups: list[list[Attempt]]) -> list[dict]:
@@ -214,30 +221,33 @@ def print_verdict(table: DataFrame, quality: dict, settings: CalibrateSettings) 
         print(f"of the attempts that talk to the judge the best got {score:.2f}: {text!r}")
     (fnr, _, most_fnr), (fpr, _, most_fpr) = quality["FNR"], quality["FPR"]
     signal = advantage_correlation(settings.method, fnr, fpr)
+    at_worst = advantage_correlation(settings.method, most_fnr, most_fpr)
     failed = table[table["right"].isna()]
-    misplaced = quality["misplacement"][0]
-    flaws = {
-        f"misplacement {misplaced:.2f} (chance: .50), with which the advantages of "
-        f"{settings.method} correlate {signal:.2f} with the right ones, not .50 (simulated)": (
-            not signal >= 0.5
-        ),
-        "AUROC undefined (one score for all, or none)": math.isnan(quality["AUROC"][0]),
-        f"over 10% failed: {' '.join(failed['right: words'][:1])!r}": len(failed) / len(table)
-        > 0.1,
-        f"it can be talked into a score: {attack:.2f} on average, where another problem's "
-        f"reference gets {other:.2f}": attack > other + 0.5,
-    }
-    n_problems = table["problem"].nunique()
-    why = "; ".join(flaw for flaw, is_one in flaws.items() if is_one)
-    print(f"verdict: do not train with it: {why}" if why else "verdict: train with it")
-    if why and settings.judge_input != "quotes":
-        print("to try next: a stronger judge, or --judge-input quotes, which a weak one can do")
-    if not why and not advantage_correlation(settings.method, most_fnr, most_fpr) >= 0.5:
-        print(
-            f"but that is uncertain: the intervals hold an FNR of {most_fnr:.2f} and an FPR of ",
-            end="",
+    flaws = []
+    if not signal >= 0.5:
+        flaws.append(
+            f"misplacement {quality['misplacement'][0]:.2f} (chance: .50), with which the "
+            f"advantages of {settings.method} correlate {signal:.2f} with the right ones, not .50 "
+            "(simulated)"
         )
-        print(f"{most_fpr:.2f}, which would be too much; --problems {4 * n_problems} tells more")
+    if math.isnan(quality["AUROC"][0]):
+        flaws.append("AUROC undefined (one score for all, or none)")
+    if len(failed) > 0.1 * len(table):
+        flaws.append(f"over 10% failed: {failed['right: words'].iloc[0]!r}")
+    if attack > other + 0.5:
+        flaws.append(
+            f"it can be talked into a score: {attack:.2f} on average, where another problem's "
+            f"reference gets {other:.2f}"
+        )
+    print("verdict:", f"do not train with it: {'; '.join(flaws)}" if flaws else "train with it")
+    if flaws and settings.judge_input != "quotes":
+        print("to try next: a stronger judge, or --judge-input quotes, which a weak one can do")
+    if not flaws and not at_worst >= 0.5:
+        print(
+            f"but that is uncertain: the intervals hold an FNR of {most_fnr:.2f} and an FPR of "
+            f"{most_fpr:.2f}, which would be too much; "
+            f"--problems {4 * table['problem'].nunique()} tells more"
+        )
 
 
 def calibrate(settings: CalibrateSettings) -> None:
@@ -261,8 +271,8 @@ def calibrate(settings: CalibrateSettings) -> None:
             if name == "again":
                 paid, judge = judge.paid, Judge(settings, out / "again")  # with a cache of its own
                 judge.paid = paid
-            shown = show_reference(rows, {"again": "right"}.get(name, name), settings.seed)
-            ask(judge, shown, asked[name], kind, name)
+            which = "right" if name == "again" else name
+            ask(judge, show_reference(rows, which, settings.seed), asked[name], kind, name)
     finally:  # also after Ctrl-C: nothing more is paid
         judge.close()
     if settings.judge_input == "quotes":
@@ -284,7 +294,7 @@ def calibrate(settings: CalibrateSettings) -> None:
         for measure, interval in quality.items():
             shown = "{:.2f} [{:.2f}, {:.2f}]".format(*interval)
             summary.loc[measure, name] = "undefined" if "nan" in shown else shown
-        judged = [a.judged[name] for group in asked[name] for a in group if name in a.judged]
+        judged = [a.judged[name] for group in asked[name] for a in group]
         summary.loc["failed", name] = f"{np.mean([c.scores is None for c in judged]):.1%}"
     print(f"\nmean score by reference shown; 95% intervals over problems\n{summary.to_string()}")
     print(f"asked again, {differ:.0%} differ; {judge.paid}; all replies: {out / 'attempts.jsonl'}")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from calibrate import bootstrap  # noqa: E402
+from calibrate import bootstrap, judge_problem  # noqa: E402
 
 import exprl  # noqa: E402
 from exprl import COLUMNS, Completion, Judge, setting  # noqa: E402
@@ -36,7 +36,8 @@ class JudgeEvalSettings(exprl.JudgeSettings):
 
 
 def read_eval(path: Path, settings: JudgeEvalSettings) -> list[list[Completion]]:
-    """The completions in a file of `eval`, by problem. Stops at a file that is not one."""
+    """The completions in a file of `eval`, by problem. Stops at a file that is not one. Which ones
+    were cut off is not in it: they are judged as they stand, where training gives them a 1."""
     groups = []
     try:
         for record in exprl.read_log(path)[: settings.problems or None]:
@@ -57,42 +58,46 @@ def read_eval(path: Path, settings: JudgeEvalSettings) -> list[list[Completion]]
 
 def judge_eval(settings: JudgeEvalSettings) -> None:
     """Have completions of `eval` judged, each as a whole (outcome)."""
-    systems = {Path(file).stem: read_eval(Path(file), settings) for file in settings.files}
-    shown = [[group[0].row["question"] for group in groups] for groups in systems.values()]
-    if any(questions != shown[0] for questions in shown):
+    systems = {file: read_eval(Path(file), settings) for file in settings.files}
+    asked = [[group[0].row["question"] for group in groups] for groups in systems.values()]
+    if any(questions != asked[0] for questions in asked):
         exprl.stop("the files are not of the same problems: eval the models with the same flags")
     out = Path(settings.out)
     judge = Judge(settings, out)
     try:
         for part in tqdm(list(zip(*systems.values(), strict=True)), "problems", leave=False):
-            verdicts = [v for group in part for v in judge.submit(group, "outcome")]
-            judge.wait([c for group in part for c in group], verdicts)
+            judge_problem(judge, [c for group in part for c in group], "outcome")
     finally:  # also after Ctrl-C: nothing more is paid
         judge.close()
 
     table, records = {}, []
     for name, groups in systems.items():
-        of_each = {
+        columns = {
             "judge's score": lambda c: c.scores[0] if c.scores else math.nan,
             "right, %": lambda c: 100 * c.correct,
             "with ### steps, %": lambda c: 100 * bool(re.search("^###", c.text, re.MULTILINE)),
             r"with \boxed{}, %": lambda c: 100 * bool(exprl.last_boxed(c.text)),
             "letters": lambda c: len(c.text),
+            "failed, %": lambda c: 100 * (c.scores is None),
         }
-        table[name] = {}
-        for column, measure in of_each.items():
-            values = np.array([[measure(c) for c in group] for group in groups], float)
-            interval = bootstrap(lambda drawn, v=values: np.nanmean(v[drawn]), len(values))
-            table[name][column] = "{:.2f} [{:.2f}, {:.2f}]".format(*interval)
+        values = [[[of(c) for c in group] for group in groups] for of in columns.values()]
+        values = np.ma.masked_invalid(np.array(values, float))  # (columns, problems, samples)
+
+        def means(drawn: np.ndarray, values: np.ma.MaskedArray = values) -> np.ndarray:
+            return values[:, drawn].mean(axis=(1, 2)).filled(math.nan)
+
+        shown = [
+            "{:.2f} [{:.2f}, {:.2f}]".format(*interval)
+            for interval in bootstrap(means, len(groups))
+        ]
+        table[name] = dict(zip(columns, shown, strict=True))
         for c in [c for group in groups for c in group]:
             told = {"model": name, "question": c.row["question"], "text": c.text}
             told |= {"correct": c.correct, "scores": c.scores, "judge_words": c.judge_words}
             records.append(told)
-        failed = [c.scores is None for group in groups for c in group]
-        table[name]["failed"] = f"{np.mean(failed):.1%}"
     exprl.write_log(out / "judged.jsonl", records, "w")
     print(
-        f"means, with 95% intervals over {len(shown[0])} problems\n{DataFrame(table).to_string()}"
+        f"means, with 95% intervals over {len(asked[0])} problems\n{DataFrame(table).to_string()}"
     )
     print(f"{judge.paid}; texts and the judge's words: {out / 'judged.jsonl'}")
 

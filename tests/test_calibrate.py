@@ -249,7 +249,7 @@ def test_a_dead_judge_stops_it_at_once(tmp_path, no_key, rubric):
     server.shutdown()
 
 
-def test_a_score_that_fits_the_method_is_asked_for():
+def test_an_error_of_the_judge_costs_outcome_more_than_process():
     """20% lies spoil Outcome and not Process, as they do when the toy model is trained."""
     left = calibration.advantage_correlation
     for method in ("process", "outcome"):
@@ -485,12 +485,14 @@ def test_the_bootstrap_s_interval():
     """It is where theory puts it, so it shrinks with n; draws without a value are left out."""
     for n in (25, 100, 400):
         values = np.random.default_rng(n).random(n)
-        value, low, high = calibration.bootstrap(lambda drawn, v=values: v[drawn].mean(), n)
+        both = calibration.bootstrap(lambda drawn, v=values: [0, v[drawn].mean()], n)
+        assert both[0] == [0, 0, 0]
+        value, low, high = both[1]
         error = values.std() / n**0.5
         assert value == pytest.approx(values.mean())
         assert [low, high] == pytest.approx(
             [value - 1.96 * error, value + 1.96 * error], abs=error / 4
         )
-    some = calibration.bootstrap(lambda drawn: 0.5 if 0 in drawn else np.nan, 3)
-    assert some == [0.5, 0.5, 0.5]
-    assert np.isnan(calibration.bootstrap(lambda drawn: np.nan, 3)).all()
+    some = calibration.bootstrap(lambda drawn: [0.5 if 0 in drawn else np.nan], 3)
+    assert some == [[0.5, 0.5, 0.5]]
+    assert np.isnan(calibration.bootstrap(lambda drawn: [np.nan], 3)).all()

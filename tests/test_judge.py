@@ -321,7 +321,6 @@ def test_the_step_is_the_first_of_those_quoted():
         ([0, None, 1, None], 2, [5, 1 + 4 / 3]),  # what is never stated is due at the end
         ([2, 0, 1], 3, [5, 5, 5]),  # in another order
         ([0, 0, None, 0], 1, [4]),  # the whole attempt as one step: its share
-        ([1, None], 4, [5, 5, 1, 1]),
     ],
 )
 def test_a_stretch_of_steps_is_paid_by_the_checkpoints_that_it_states(found, n, scores):

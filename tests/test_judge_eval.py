@@ -34,7 +34,8 @@ def write(path, texts_of):
 
 @pytest.fixture
 def files(tmp_path):
-    right = write(tmp_path / "good.jsonl", lambda r: [f"### \\boxed{{{r['answer']}}}"] * 2)
+    boxes = ("### so \\boxed{%s}", "### it is \\boxed{%s}")
+    right = write(tmp_path / "good.jsonl", lambda r: [box % r["answer"] for box in boxes])
     wrong = write(tmp_path / "bad.jsonl", lambda r: ["it is 9", f"it is {r['answer']}"])
     return [right, wrong]
 
@@ -68,7 +69,7 @@ def test_the_table(judge_it, files, tmp_path):
     assert cells(output, r"with \boxed{}, %") == ["100.00", "0.00"]
     assert len(requests) == 12
     records = read(tmp_path / "out" / "judged.jsonl")
-    assert len(records) == 12 and {r["model"] for r in records} == {"good", "bad"}
+    assert len(records) == 12 and {r["model"] for r in records} == set(files)
     assert all(r["judge_words"] == [f"Score: {r['scores'][0]}"] for r in records)
     _, again = judge_it(score, "--samples", 0, "--files", *files)
     assert again == []  # all is in the cache
@@ -78,6 +79,41 @@ def test_the_first_problems_and_samples_only(judge_it, files):
     output, requests = judge_it(score, "--samples", 1, "--problems", 2, "--files", *files)
     assert "over 2 problems" in output and cells(output, "right, %") == ["100.00", "0.00"]
     assert len(requests) == 4
+
+
+def test_files_of_one_name_in_two_folders_are_two_columns(judge_it, files, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other" / "good.jsonl", lambda r: ["it is 9"])
+    output, _ = judge_it(score, "--files", files[0], other)
+    assert cells(output, "judge's score") == ["5.00", "2.00"]
+
+
+def test_a_problem_without_a_verdict_does_not_end_the_rest(judge_it, files):
+    """It is counted; a judge that answers nothing at all stops it."""
+
+    def answer(request):
+        return "?" if "What is 2" in request["messages"][1]["content"] else score(request)
+
+    output, _ = judge_it(answer, "--files", *files)
+    assert cells(output, "failed, %") == ["33.33", "33.33"]
+    assert cells(output, "judge's score") == ["5.00", "2.00"]
+    with pytest.raises(SystemExit, match="gives no answer"):
+        judge_it(
+            lambda request: (400, {"error": {"message": "no"}}),
+            "--judge-model",
+            "k",
+            "--files",
+            *files,
+        )
+
+
+def test_a_rubric_is_asked_for_once_a_problem(judge_it, files):
+    def answer(request):
+        is_rubric = "## Text to judge" not in request["messages"][1]["content"]
+        return "- a\n- b" if is_rubric else "Score: 3"
+
+    _, requests = judge_it(answer, "--rubric", "checkpoints", "--files", *files)
+    assert len(requests) == 3 + 6
 
 
 def test_quotations(judge_it, files):
