@@ -12,7 +12,6 @@ ExpRL (arXiv 2606.17024) uses each problem's reference solution as a reward scaf
   5. log        every number and every completion
 That is stage 1, "RL mid-training". Stage 2 is the same loop with the sparse reward, 1 for a right
 answer and else 0 (--method sparse), from the model of stage 1: now there are right answers.
-Simplified: one device, one batch after the other; no value network, no entropy bonus.
   python exprl.py --model Qwen2.5-0.5B                                       # stage 1 on GSM8K
   python exprl.py --model runs/Qwen2.5-0.5B-process/final --method sparse    # stage 2
   python exprl.py eval --model Qwen2.5-0.5B runs/Qwen2.5-0.5B-process/final  # pass@1, pass@k
@@ -54,7 +53,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 import judge_prompts
-from judge_prompts import fence, judge_inputs, judge_messages, policy_prompt
+from judge_prompts import end_tokens, fence, judge_inputs, judge_messages, policy_prompt
 
 
 # ---- Settings: each field is a flag; "paper:" gives the paper's value, where it has one ----------
@@ -241,37 +240,31 @@ def load_model(source: str):
     return model.to(device).eval()
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """What ends a completion: the tokenizer's eos, the configuration's, and the special token that
-    the chat template writes after a turn. Stops if there is none."""
-    configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
-        after = tokenizer(tail, add_special_tokens=False).input_ids[:1]
-        ends |= set(after) & set(tokenizer.added_tokens_decoder)
-    if ends == {None}:
-        stop("the model has no end-of-sequence token")
-    return sorted(ends - {None})
-
-
 @torch.no_grad()
 def set_sampling(model, tokenizer, prompt_ids: list[int], settings: SamplingSettings) -> None:
     """Make `generate` sample from softmax(logits / temperature), whose log-probs are trained. A
     checkpoint brings top_k, top_p, penalties (Qwen2.5: 20, .8, 1.1), the library a top_k of 50:
-    they are set to do nothing, which is tried on a prompt."""
-    eos_ids = end_tokens(model, tokenizer)
-    pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    they are set to do nothing. That is tried on a prompt, and whether read_prompts works: not every
+    cache can be repeated."""
+    eos_ids = end_tokens(tokenizer, model.generation_config.eos_token_id)
+    if not eos_ids:
+        stop("the model has no end-of-sequence token")
     neutral = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     ends = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": eos_ids}
-    model.generation_config = GenerationConfig(pad_token_id=pad_id, **ends, **neutral)
+    model.generation_config = GenerationConfig(pad_token_id=eos_ids[0], **ends, **neutral)
     ids = torch.tensor([prompt_ids], device=model.device)
     told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, **told)
     for processed, logits in zip(out.scores, out.logits, strict=True):
         if not torch.allclose(processed, logits / settings.temperature, atol=1e-4):
             stop("`generate` samples from something else than softmax(logits / temperature)")
+    pair, expected = out.sequences.repeat(2, 1), torch.stack(out.logits, dim=1)
+    model.shares_prompts = True
+    try:
+        got = completion_logits(model, pair, torch.ones_like(pair), len(out.logits))
+        model.shares_prompts = bool((got - expected).std() < 0.05 * expected.std())
+    except Exception:  # of any kind: it comes from the model's own code
+        model.shares_prompts = False
 
 
 def completion_mask(tokens: Tensor, eos_ids: set[int]) -> Tensor:
@@ -285,9 +278,11 @@ def completion_mask(tokens: Tensor, eos_ids: set[int]) -> Tensor:
     return is_eos.cumsum(dim=1) - is_eos == 0  # no eos strictly before
 
 
-def pad_left(sequences: list[list], device: torch.device, value: float = 0) -> Tensor:
-    """Lists of numbers -> (B, longest), padded on the left: all end in the last column."""
-    return pad_sequence([torch.tensor(row) for row in sequences], True, value, "left").to(device)
+def pad(sequences: list, device: torch.device, side="left") -> tuple[Tensor, Tensor]:
+    """Lists of numbers -> (B, longest), padded with 0 on this side, and its mask, 0 for padding."""
+    rows = [torch.tensor(row, device=device) for row in sequences]
+    masks = [torch.ones_like(row) for row in rows]
+    return pad_sequence(rows, True, 0, side), pad_sequence(masks, True, 0, side)
 
 
 @dataclass
@@ -323,10 +318,11 @@ def sample_groups(model, tokenizer, rows: list, n: int, batch: int) -> Iterator[
     """n completions of each row, a group a row; `batch` completions in one call of generate."""
     config, completions = model.generation_config, []
     for part in chunks([row for row in rows for _ in range(n)], batch):
-        prompts = [row["prompt_ids"] for row in part]
-        input_ids = pad_left(prompts, model.device, config.pad_token_id)  # (B, P)
-        attention_mask = pad_left([[1] * len(prompt) for prompt in prompts], model.device)
-        tokens = model.generate(input_ids, attention_mask=attention_mask)[:, input_ids.shape[1] :]
+        ids, mask = pad([row["prompt_ids"] for row in part], model.device)  # (B, P)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if model.shares_prompts:  # generate goes on from the last token of a prompt
+            inputs["cache"] = read_prompts(model, ids[:, :-1], mask[:, :-1])[0]
+        tokens = model.generate(**inputs)[:, ids.shape[1] :]
         masks = completion_mask(tokens, set(config.eos_token_id))
         for row, ids, mask in zip(part, tokens, masks, strict=True):
             ids = ids[mask].tolist()
@@ -517,9 +513,8 @@ def group_advantages(rewards: Tensor, valid: Tensor, group_size: int, divide=Tru
     Groups are consecutive blocks of G = group_size. mean and std (n - 1) are those of the group's
     valid members; the others get 0, and so does a group with fewer than two valid or no variance.
     Without `divide`, A_i = r_i - mean. ValueError if B is no multiple of G. ExpRL-Outcome; GRPO.
-    >>> A = group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.ones(4).bool(), 2)
-    >>> [round(a, 4) for a in A.tolist()]
-    [0.7071, -0.7071, 0.0, 0.0]
+    >>> group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.ones(4).bool(), 2)
+    tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
     """
     if rewards.numel() % group_size:
         raise ValueError(f"{rewards.numel()} rewards do not make groups of {group_size}")
@@ -579,11 +574,27 @@ def fill_advantages(completions: list[Completion], settings: TrainSettings) -> N
 # ---- Loss and update -----------------------------------------------------------------------------
 def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, n: int) -> Tensor:
     """(B, P + T) ids and mask, n = T -> (B, T, V) logits that predict the completion's tokens,
-    those at t - 1 for token t. Mask 0 is padding, on the left; the position_ids that the model is
-    given count from 0 at the first token that is none. model(...).logits are (B, P + T, V)."""
+    those at t - 1 for token t. Mask 0 is padding; the position_ids that the model is given count
+    from 0 at the first token that is none. model(...).logits are (B, P + T, V)."""
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-    return model(**inputs, use_cache=False, logits_to_keep=n + 1).logits[:, -n - 1 : -1]
+    if not getattr(model, "shares_prompts", False):
+        return model(**inputs, use_cache=False, logits_to_keep=n + 1).logits[:, -n - 1 : -1]
+    cache, first = read_prompts(model, input_ids[:, :-n], attention_mask[:, :-n])
+    inputs |= {"input_ids": input_ids[:, -n:], "position_ids": positions[:, -n:]}
+    return torch.cat([first, model(**inputs, cache=cache).logits[:, :-1]], dim=1)
+
+
+def read_prompts(model, input_ids: Tensor, attention_mask: Tensor) -> tuple:
+    """(B, P) prompts and mask -> the cache (keys and values) after them, and the (B, 1, V) logits
+    of what comes next. A prompt that is there G times, once a completion, is computed once."""
+    both = torch.stack([input_ids, attention_mask])
+    (ids, mask), row = both.unique(dim=1, return_inverse=True)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    out.cache.batch_select_indices(row)
+    return out.cache, out.logits[row]
 
 
 def token_logprobs(model, input_ids, attention_mask, n_completion, temperature) -> Tensor:
@@ -605,10 +616,6 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low, clip_high, denominat
     L = - sum over the mask of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / denominator,
     rho = exp(logp - logp_old). The denominator is the number of tokens of the whole optimizer step,
     not of a micro-batch. At rho = 1 its value is minus the mean advantage, often near 0: it trains.
-    >>> old, ones = torch.tensor([[0.5, 0.5]]).log(), torch.ones(1, 2)
-    >>> logp = torch.tensor([[0.5, 0.9]]).log()  # rho is 1 and 1.8, the second clipped at 1.28
-    >>> round(policy_loss(logp, old, ones, ones.bool(), 0.2, 0.28, 2).item(), 3)
-    -1.14
     """
     rho = torch.exp(torch.where(mask, logp - logp_old, 0.0))  # (B, T)
     clipped = rho.clamp(1 - clip_low, 1 + clip_high)
@@ -619,8 +626,7 @@ def policy_loss(logp, logp_old, advantages, mask, clip_low, clip_high, denominat
 def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """(B, T) k3 estimate of KL(policy || initial policy) at each sampled token, in nats, never < 0.
     k3 = r - 1 - log r, r = pi_ref(y_t) / pi(y_t): its mean over the policy's own samples is the KL.
-    Its gradient (1 - r) grad log pi pushes down what is likelier than at first (r < 1). In the mean
-    that is the gradient of KL(initial policy || policy): the other way round, 0 at the same place.
+    Its gradient is (1 - r) grad log pi, and in the mean that of KL(initial policy || policy).
     >>> kl_to_reference(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -1.0]]))
     tensor([[0.0000, 0.3679]])
     """
@@ -630,71 +636,64 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
 
 def collate(completions: list[Completion], model, prompt: str = "prompt_ids") -> dict:
     """advantages (B, T), each step's for all its tokens, and their mask; inputs: (B, P + T) ids and
-    attention mask, and T. Rows end in the last column: what comes before a short one is masked."""
-    pad = functools.partial(pad_left, device=model.device)
+    attention mask, and T. Prompts are padded on the left, completions on the right."""
+    prompts, prompt_mask = pad([c.row[prompt] for c in completions], model.device)
+    ids, mask = pad([c.ids for c in completions], model.device, "right")
     advantages = []
     for c in completions:
         lengths = [end - start for start, end in c.steps]
-        advantages.append(np.repeat(c.advantages, lengths).tolist())
-    mask = pad([[True] * len(c.ids) for c in completions])
-    sequences = [c.row[prompt] + c.ids for c in completions]
-    input_ids = pad(sequences, value=model.generation_config.pad_token_id)
-    attention_mask = pad([[1] * len(sequence) for sequence in sequences])
-    batch = {"completions": completions, "inputs": (input_ids, attention_mask, mask.shape[1])}
-    return batch | {"mask": mask, "advantages": pad(advantages)}
-
-
-@torch.no_grad()
-def frozen_logprobs(model, initial, inputs: tuple, settings: TrainSettings) -> dict:
-    """What an update is compared with: (B, T) log-probs "old", of the policy that sampled, for the
-    ratio rho, and "ref", of the initial policy, for the KL. `generate` computed the old ones with
-    other rounding (token by token, with a cache); rho has to be 1 as long as no weight has moved,
-    so both sides come from token_logprobs. With one update a batch rho is 1: no old is needed."""
-    old = ref = None
-    if settings.updates_per_batch > 1:
-        old = token_logprobs(model, *inputs, settings.temperature)
-    if initial:
-        ref = token_logprobs(initial, *inputs, settings.temperature)
-    return {"old": old, "ref": ref}
+        advantages.append(np.repeat(np.float32(c.advantages), lengths))
+    inputs = torch.cat([prompts, ids], dim=1), torch.cat([prompt_mask, mask], dim=1), ids.shape[1]
+    batch = {"completions": completions, "inputs": inputs, "mask": mask.bool()}
+    return batch | {"advantages": pad(advantages, model.device, "right")[0]}
 
 
 def grpo_loss(model, batch: dict, n_tokens: int, settings: TrainSettings) -> tuple[Tensor, dict]:
-    """A micro-batch's share of the loss, and of what is logged: means over n_tokens."""
-    mask, advantages, ref = batch["mask"], batch["advantages"], batch["ref"]
+    """A micro-batch's share of the loss, and the sums over its tokens of what is logged."""
+    mask, advantages = batch["mask"], batch["advantages"]
     low, high = settings.clip_low, settings.clip_high
     logp = token_logprobs(model, *batch["inputs"], settings.temperature)
-    old = logp.detach() if batch["old"] is None else batch["old"]
+    old = batch.get("old", logp.detach())
     loss = policy_loss(logp, old, advantages, mask, low, high, n_tokens)
     rho = torch.exp(logp.detach() - old)
     clipped = ((rho > 1 + high) & (advantages > 0)) | ((rho < 1 - low) & (advantages < 0))
     logged = {"entropy": -old, "ratio": rho, "clip_fraction": clipped}  # entropy: E[-log pi]
-    if ref is not None:
-        logged["kl"] = kl_to_reference(logp, ref)
+    if "ref" in batch:
+        logged["kl"] = kl_to_reference(logp, batch["ref"])
         loss = loss + settings.kl * (torch.where(mask, logged["kl"], 0.0).sum() / n_tokens)
-    return loss, {name: values[mask].sum() / n_tokens for name, values in logged.items()}
+    return loss, {name: values[mask].sum() for name, values in logged.items()}
 
 
 def update(model, initial, optimizer, completions: list, settings, loss_of=grpo_loss) -> dict:
-    """The optimizer steps on one batch; returns means over its tokens at the last of them. Each
-    token has the weight 1 / n_tokens. With a mean per completion, a token of a long one would weigh
-    less, and a wrong answer get cheaper by going on; with a mean per micro-batch the gradient would
-    depend on how the batch is cut."""
+    """The optimizer steps on one batch; returns means over the tokens computed at the last of them.
+    Each token has the weight 1 / n_tokens: with a mean per completion, a wrong answer would get
+    cheaper by going on; with a mean per micro-batch, the gradient depend on how the batch is cut.
+    Old log-probs are computed as the new ones are, so that rho is 1 until a weight moves: those of
+    `generate` (token by token, with a cache) are rounded otherwise."""
     trained = [c for c in completions if c.rewards is not None]
-    trained.sort(key=lambda c: len(c.row["prompt_ids"]) + len(c.ids))  # little padding
     n_tokens, batches = sum(len(c.ids) for c in trained), []
+    if not initial:  # then an advantage of 0 is a gradient of 0
+        trained = [c for c in trained if any(c.advantages)] or trained[:1]
+    trained.sort(key=lambda c: (len(c.row["prompt_ids"]), c.row["prompt_ids"], len(c.ids)))
     for part in chunks(trained, settings.micro_batch):
         batch = collate(part, model)
-        batches.append(batch | frozen_logprobs(model, initial, batch["inputs"], settings))
+        with torch.no_grad():
+            if settings.updates_per_batch > 1:  # else rho is 1
+                batch["old"] = token_logprobs(model, *batch["inputs"], settings.temperature)
+            if initial:
+                batch["ref"] = token_logprobs(initial, *batch["inputs"], settings.temperature)
+        batches.append(batch)
     for _ in range(settings.updates_per_batch):
         sums = {}
         for batch in batches:
-            loss, shares = loss_of(model, batch, n_tokens, settings)
+            loss, of_batch = loss_of(model, batch, n_tokens, settings)
             loss.backward()
-            sums |= {name: sums.get(name, 0.0) + share.item() for name, share in shares.items()}
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+            sums |= {name: sums.get(name, 0.0) + value.item() for name, value in of_batch.items()}
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.step()
         optimizer.zero_grad()
-    return sums
+    n_computed = sum(len(c.ids) for c in trained)
+    return {name: total / n_computed for name, total in sums.items()} | {"grad_norm": grad_norm}
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -781,8 +780,9 @@ def set_up(settings: TrainSettings, rows: list[dict]) -> tuple:
     for row in rows:
         row["prompt_ids"] = policy_prompt(tokenizer, row["question"])
     model = load_model(source)
-    set_sampling(model, tokenizer, rows[0]["prompt_ids"], settings)
     initial = load_model(source).requires_grad_(False) if settings.kl else None
+    for loaded in filter(None, (model, initial)):
+        set_sampling(loaded, tokenizer, rows[0]["prompt_ids"], settings)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     run.start(settings, model, optimizer, judge.paid if judge else {})
     return run, judge, tokenizer, model, initial, optimizer
@@ -938,12 +938,12 @@ def main(argv: list[str] | None = None) -> None:
     """exprl.py [train] FLAGS, or exprl.py eval FLAGS."""
     argv = sys.argv[1:] if argv is None else argv
     name, *flags = argv if argv and argv[0][0] != "-" else ["train", *argv]
-    if name not in ("train", "eval"):
-        stop(f"no command {name}: python tests/report.py (report, plot) or tests/calibrate.py")
-    if name == "eval":
+    if name == "train":
+        run_command(train, TrainSettings, flags, __doc__)
+    elif name == "eval":
         run_command(evaluate, EvalSettings, flags, EvalSettings.__doc__)
     else:
-        run_command(train, TrainSettings, flags, __doc__)
+        stop(f"no command {name}: python tests/report.py (report, plot) or tests/calibrate.py")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,18 @@ def policy_prompt(tokenizer, question: str, instruction: str = POLICY) -> list[i
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written the BOS
 
 
+def end_tokens(tokenizer, configured: int | list[int] | None) -> list[int]:
+    """What ends a completion, as token ids: the tokenizer's eos, those that the model's
+    configuration names, and the special token that the chat template writes after a turn."""
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        after = tokenizer(tail, add_special_tokens=False).input_ids[:1]
+        ends |= set(after) & set(tokenizer.added_tokens_decoder)
+    return sorted(ends - {None})
+
+
 DOMAINS = {
     "math": {
         "problem": r"""a mathematics problem""",

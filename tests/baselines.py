@@ -61,8 +61,8 @@ def read_references(model, tokenizer, rows: list, n: int, batch: int) -> Iterato
 def sft_loss(model, batch: dict, n_tokens: int, settings: BaselineSettings) -> tuple[Tensor, dict]:
     """A micro-batch's share of the cross-entropy, at temperature 1 whatever that of sampling is."""
     logp = exprl.token_logprobs(model, *batch["inputs"], 1.0)
-    loss = torch.where(batch["mask"], -logp, 0.0).sum() / n_tokens
-    return loss, {"cross_entropy": loss}
+    total = torch.where(batch["mask"], -logp, 0.0).sum()
+    return total / n_tokens, {"cross_entropy": total}
 
 
 # ---- On-policy self-distillation: the teacher is the initial model, with the reference -----------
@@ -105,8 +105,8 @@ def distill_loss(model, batch: dict, n_tokens: int, settings) -> tuple[Tensor, d
         teacher_logits = exprl.completion_logits(load_teacher(settings.model), *inputs)
     student_logits = exprl.completion_logits(model, *batch["inputs"])
     kl = reverse_kl(student_logits, teacher_logits, settings.temperature)
-    loss = torch.where(batch["mask"], kl, 0.0).sum() / n_tokens
-    return loss, {"teacher_kl": loss}
+    total = torch.where(batch["mask"], kl, 0.0).sum()
+    return total / n_tokens, {"teacher_kl": total}
 
 
 # ---- Both ----------------------------------------------------------------------------------------

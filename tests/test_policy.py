@@ -7,7 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import read
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+from transformers.cache_utils import Cache
 
 import exprl
 import judge_prompts
@@ -287,6 +299,79 @@ def test_completions_do_not_depend_on_the_prompts_beside_them(model, tokenizer):
     together = [group[0].ids for group in exprl.sample_groups(model, tokenizer, rows, 1, 2)]
     alone = [next(exprl.sample_groups(model, tokenizer, [row], 1, 1))[0].ids for row in rows]
     assert together == alone
+
+
+def small(kind: str, vocabulary: int):
+    """A random model of one of the kinds of cache: full, sliding window, with a state (no KV)."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": vocabulary}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+    window = {"sliding_window": 8, "head_dim": 16}
+    torch.manual_seed(0)
+    config = {
+        "llama": lambda: LlamaConfig(**sizes, **heads),
+        "qwen2": lambda: Qwen2Config(**sizes, **heads),
+        "gemma3": lambda: Gemma3TextConfig(**sizes, **heads, **window),
+        "mistral": lambda: MistralConfig(**sizes, **heads, **window),
+        "gpt2": lambda: GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=2),
+        "mamba": lambda: MambaConfig(**sizes, state_size=4),
+    }[kind]()
+    config.initializer_range = 0.3
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = 1
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "mistral", "gpt2"])
+def test_a_prompt_is_computed_once_and_nothing_changes(kind, tokenizer):
+    """Neither the samples nor the log-probs and their gradient; prompts of different lengths, one
+    longer than the window."""
+    model = small(kind, len(tokenizer))
+    questions = ("29a*3=", "41a+7b+7c*3d*3e*3f+7=")
+    rows = with_prompts(
+        [{"question": q, "answer": "", "reference": ""} for q in questions], tokenizer
+    )
+    set_sampling(model, tokenizer, rows[0]["prompt_ids"], 0.8, 12)
+    assert model.shares_prompts
+    computed, results = [], []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, out: computed.append(args[0].numel()))
+    for model.shares_prompts in (True, False):
+        torch.manual_seed(0)
+        computed.clear()
+        groups = list(exprl.sample_groups(model, tokenizer, rows, 4, 8))
+        completions = [c for group in groups for c in group]
+        for c in completions:
+            c.advantages = [1.0] * len(c.steps)
+        batch = exprl.collate(completions, model)
+        logp = exprl.token_logprobs(model, *batch["inputs"], 0.8)
+        model.zero_grad()
+        logp[batch["mask"]].square().sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((sum(computed), [c.ids for c in completions], logp[batch["mask"]], gradient))
+    (shared, *mine), (plain, *theirs) = results
+    assert shared < 0.7 * plain
+    assert mine[0] == theirs[0]
+    assert torch.allclose(mine[1], theirs[1], atol=1e-4)
+    assert torch.allclose(mine[2], theirs[2], rtol=1e-3, atol=1e-3 * theirs[2].abs().max())
+
+
+def test_a_cache_that_cannot_be_repeated_is_found_out(model, tokenizer, monkeypatch):
+    ids = judge_prompts.policy_prompt(tokenizer, "29a*3=")
+    set_sampling(model, tokenizer, ids, 1.0, 8)
+    assert model.shares_prompts
+    with monkeypatch.context() as patch:  # it says that it can, and does something else
+        shift = lambda cache, rows: cache.crop(-2)  # noqa: E731
+        patch.setattr(DynamicCache, "batch_select_indices", shift)
+        set_sampling(model, tokenizer, ids, 1.0, 8)
+        assert not model.shares_prompts
+    with monkeypatch.context() as patch:
+        patch.delattr(Cache, "batch_select_indices")
+        set_sampling(model, tokenizer, ids, 1.0, 8)
+        assert not model.shares_prompts
+    state = small("mamba", len(tokenizer))
+    set_sampling(state, tokenizer, ids, 1.0, 8)
+    row = {"question": "", "answer": "", "reference": "", "prompt_ids": ids}
+    assert len(next(exprl.sample_groups(state, tokenizer, [row], 2, 2))) == 2
 
 
 def test_completions_end_with_their_eos_or_are_cut(model, tokenizer):

@@ -147,6 +147,70 @@ def test_entropy_is_that_of_the_samples(model):
     assert metrics["entropy"] == pytest.approx(total / count, rel=1e-4)
 
 
+def groups():
+    """Two prompts, three completions of each; the second of each has no advantage."""
+    completions = []
+    for i in range(6):
+        rewards = [0.5, 0.5] if i % 3 == 1 else [0.25 * i, 0.0]
+        completions.append(make_completion(5 + 2 * i, 4 + i // 3, rewards, seed=i // 3))
+        completions[-1].ids = make_completion(5 + 2 * i, 1, None, seed=10 + i).ids
+    assert completions[0].row["prompt_ids"] == completions[2].row["prompt_ids"]
+    assert [any(c.advantages) for c in completions] == [False, False, True, True, False, True]
+    return completions
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
+def test_prompts_that_are_computed_once_change_no_weight(model, micro_batch):
+    """With a KL, so that all completions count; both models share prompts, or none does."""
+    torch.manual_seed(1)
+    reference = LlamaForCausalLM(model.config).eval().requires_grad_(False)
+    changes = {"kl": 0.5, "updates_per_batch": 3, "lr": 0.1, "micro_batch": micro_batch}
+    plain = update(model, groups(), reference, **changes)
+    model.shares_prompts = reference.shares_prompts = True
+    shared = update(model, groups(), reference, **changes)
+    assert torch.allclose(plain[0], shared[0], atol=1e-6)
+    assert plain[1] == pytest.approx(shared[1], rel=1e-3, abs=1e-5)
+
+
+def computed_rows(model, *args, **changes):
+    """(the result of an update, how many completions went through the model)."""
+    seen = []
+    count = lambda module, args, kwargs: seen.append(len(kwargs["input_ids"]))  # noqa: E731
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        return exprl.update(model, *args, SimpleNamespace(**SETTINGS | changes)), sum(seen)
+    finally:
+        handle.remove()
+
+
+def test_without_a_kl_a_completion_without_advantage_is_not_computed(model):
+    completions, reference = groups(), copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    metrics, rows = computed_rows(model, None, optimizer, completions)
+    assert rows == 3 and metrics["ratio"] == pytest.approx(1, abs=1e-6)
+    assert computed_rows(model, reference, optimizer, completions, kl=0.1)[1] == 6
+    torch.manual_seed(2)
+    other = LlamaForCausalLM(model.config).eval().requires_grad_(False)
+    skipped, _ = update(model, completions)
+    # a KL of weight 0 is a reference to compute all for, and changes no gradient
+    assert torch.allclose(skipped, update(model, completions, other, kl=0.0)[0], atol=1e-6)
+
+
+def test_a_batch_without_any_advantage_changes_what_it_changed(model):
+    """AdamW goes on by its momentum, as with a gradient of 0."""
+    completions = groups()
+    silent = [make_completion(6, 3, [0.5, 0.5], seed=i) for i in range(4)]
+    weights = []
+    for initial in (None, copy.deepcopy(model)):
+        trained = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01)
+        for part in (completions, silent):
+            metrics, rows = computed_rows(trained, initial, optimizer, part)
+        assert metrics["grad_norm"] == 0 and rows == (1 if initial is None else 4)
+        weights.append(torch.cat([p.detach().flatten() for p in trained.parameters()]))
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+
+
 # ---- Advantages of a batch -----------------------------------------------------------------------
 
 
@@ -234,18 +298,16 @@ def test_a_run_writes_what_it_promises(train, tmp_path, judge, capsys):
 def test_the_reference_never_reaches_the_policy(train, tmp_path, tiny, monkeypatch):
     """On every prompt of a run, as logged and as handed to `generate`."""
     fed = []
-    pad_left = exprl.pad_left
+    pad = exprl.pad
 
     def spy(sequences, *args, **kwargs):
         fed.extend(sequences)
-        return pad_left(sequences, *args, **kwargs)
+        return pad(sequences, *args, **kwargs)
 
-    monkeypatch.setattr(exprl, "pad_left", spy)
+    monkeypatch.setattr(exprl, "pad", spy)
     run = train(tmp_path / "run")
     _, tokenizer = exprl.find_model(str(tiny / "base"))
-    fed = [
-        ids for ids in fed if type(ids[0]) is int and set(ids) != {1}
-    ]  # not masks, not advantages
+    fed = [ids for ids in fed if type(ids[0]) is int]  # not advantages
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in fed]
     for r in read(run / "rollouts.jsonl"):
         assert r["prompt"] == tokenizer.decode(
