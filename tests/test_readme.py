@@ -17,6 +17,7 @@ import pytest
 import report
 import test_assignment
 import test_compare
+import test_trl_example
 import test_walkthrough
 import torch
 import toy_world
@@ -48,11 +49,20 @@ ELSEWHERE = {  # command: the test that runs it
     'LENGTH=8 SEEDS="1 2 3" SYSTEMS="sparse outcome process-delta process-group" '
     "RUNS=runs/eight bash train_small.sh compare": None,
     "python tests/assignment.py grade assignment --out grades.csv": test_assignment.graded,
+    "accelerate launch --num_processes 2 tests/trl_example.py --model Qwen2.5-0.5B --method "
+    "process": test_trl_example.test_pass_at_1_rises_on_two_processes,
 }
-PROGRAMS = ("vllm ", "ollama ", "OLLAMA_", "llama-server ", "transformers ", "pip ")  # not ours
-COMMAND = re.compile(
-    rf"(?:python|bash|export|SEEDS=|LENGTH=|JUDGE_MODEL=|{'|'.join(map(re.escape, PROGRAMS))})"
-)
+PROGRAMS = (
+    "vllm ",
+    "ollama ",
+    "OLLAMA_",
+    "llama-server ",
+    "transformers ",
+    "pip ",
+    "trl ",
+)  # not ours
+OURS = ("python", "bash", "export", "accelerate ", "SEEDS=", "LENGTH=", "JUDGE_MODEL=")
+COMMAND = re.compile("|".join(map(re.escape, (*OURS, *PROGRAMS))))
 
 
 def find_commands() -> list[str]:
