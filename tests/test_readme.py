@@ -60,6 +60,7 @@ PROGRAMS = (
     "transformers ",
     "pip ",
     "trl ",
+    "accelerate config",
 )  # not ours
 OURS = ("python", "bash", "export", "accelerate ", "SEEDS=", "LENGTH=", "JUDGE_MODEL=")
 COMMAND = re.compile("|".join(map(re.escape, (*OURS, *PROGRAMS))))

@@ -99,5 +99,5 @@ def test_pass_at_1_rises_on_two_processes(tiny, judge, tmp_path):
     assert rates[1][1] > rates[0][2] + 0.02  # the intervals are apart
     log = [r["reward"] for r in read(tmp_path / "run" / "metrics.jsonl") if "reward" in r]
     assert len(log) == 40 and sum(log[:10]) < sum(log[-10:])
-    caches = [len(read(tmp_path / "run" / f"process-{i}" / "judge_cache.jsonl")) for i in (0, 1)]
-    assert min(caches) > 20  # both processes have asked
+    for process in ("process-0", "process-1"):  # each has asked
+        assert len(exprl.read_log(tmp_path / "run" / process / "judge_cache.jsonl")) > 20
