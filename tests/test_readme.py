@@ -11,6 +11,7 @@ import shutil
 
 import assignment
 import baselines
+import benchmark
 import calibrate
 import judge_eval
 import pytest
@@ -36,6 +37,7 @@ SMALL = {
     "train": "--steps 1 --prompts-per-step 2 --group-size 2 --max-new-tokens 60",
     "eval": "--problems 4 --samples 2 --max-new-tokens 60",
     "calibrate": "--problems 3 --samples 2 --max-new-tokens 60",
+    "benchmark": "--group 2 --micro-batch 2 --prompt-length 8 --length 4 --steps 1 --repeats 1",
 }
 ELSEWHERE = {  # command: the test that runs it
     "bash train_small.sh": test_walkthrough.test_the_readme_s_first_command,
@@ -129,6 +131,9 @@ def run(command: str, judge) -> None:
     elif script == "tests/calibrate.py":
         argv += shlex.split(SMALL["calibrate"])
         exprl.run_command(calibrate.calibrate, calibrate.CalibrateSettings, argv, "")
+    elif script == "tests/benchmark.py":
+        argv += shlex.split(SMALL["benchmark"])
+        exprl.run_command(benchmark.benchmark, benchmark.BenchmarkSettings, argv, "")
     elif script == "tests/judge_eval.py":
         exprl.run_command(judge_eval.judge_eval, judge_eval.JudgeEvalSettings, argv, "")
     elif script == "tests/baselines.py":
