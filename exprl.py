@@ -318,11 +318,11 @@ def sample_groups(model, tokenizer, rows: list, n: int, batch: int) -> Iterator[
     """n completions of each row, a group a row; `batch` completions in one call of generate."""
     config, completions = model.generation_config, []
     for part in chunks([row for row in rows for _ in range(n)], batch):
-        ids, mask = pad([row["prompt_ids"] for row in part], model.device)  # (B, P)
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        prompts, prompt_mask = pad([row["prompt_ids"] for row in part], model.device)  # (B, P)
+        inputs = {"input_ids": prompts, "attention_mask": prompt_mask}
         if model.shares_prompts:  # generate goes on from the last token of a prompt
-            inputs["cache"] = read_prompts(model, ids[:, :-1], mask[:, :-1])[0]
-        tokens = model.generate(**inputs)[:, ids.shape[1] :]
+            inputs["cache"] = read_prompts(model, prompts[:, :-1], prompt_mask[:, :-1])[0]
+        tokens = model.generate(**inputs)[:, prompts.shape[1] :]
         masks = completion_mask(tokens, set(config.eos_token_id))
         for row, ids, mask in zip(part, tokens, masks, strict=True):
             ids = ids[mask].tolist()
@@ -578,7 +578,7 @@ def completion_logits(model, input_ids: Tensor, attention_mask: Tensor, n: int) 
     from 0 at the first token that is none. model(...).logits are (B, P + T, V)."""
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-    if not getattr(model, "shares_prompts", False):
+    if not getattr(model, "shares_prompts", False):  # which set_sampling finds out
         return model(**inputs, use_cache=False, logits_to_keep=n + 1).logits[:, -n - 1 : -1]
     cache, first = read_prompts(model, input_ids[:, :-n], attention_mask[:, :-n])
     inputs |= {"input_ids": input_ids[:, -n:], "position_ids": positions[:, -n:]}
@@ -590,8 +590,8 @@ def read_prompts(model, input_ids: Tensor, attention_mask: Tensor) -> tuple:
     of what comes next. A prompt that is there G times, once a completion, is computed once."""
     both = torch.stack([input_ids, attention_mask])
     (ids, mask), row = both.unique(dim=1, return_inverse=True)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     out.cache.batch_select_indices(row)
     return out.cache, out.logits[row]
@@ -667,8 +667,8 @@ def grpo_loss(model, batch: dict, n_tokens: int, settings: TrainSettings) -> tup
 def update(model, initial, optimizer, completions: list, settings, loss_of=grpo_loss) -> dict:
     """The optimizer steps on one batch; returns means over the tokens computed at the last of them.
     Each token has the weight 1 / n_tokens: with a mean per completion, a wrong answer would get
-    cheaper by going on; with a mean per micro-batch, the gradient depend on how the batch is cut.
-    Old log-probs are computed as the new ones are, so that rho is 1 until a weight moves: those of
+    cheaper by going on; with a mean per micro-batch the gradient would depend on how it is cut. Old
+    log-probs are computed as the new ones are, so that rho is 1 until a weight moves: those of
     `generate` (token by token, with a cache) are rounded otherwise."""
     trained = [c for c in completions if c.rewards is not None]
     n_tokens, batches = sum(len(c.ids) for c in trained), []

@@ -212,7 +212,10 @@ def in_a_process(settings: BenchmarkSettings, system: str, **changes) -> dict[st
         if name != "grow":
             command += ["--" + name.replace("_", "-"), str(value)]
     env = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3600)
+    except subprocess.TimeoutExpired:
+        exprl.stop(f"{system} took over an hour: fewer --steps, or smaller sizes")
     if done.returncode:
         exprl.stop(f"{system} failed: {done.stderr.strip()[-400:]}")
     return json.loads(done.stdout.strip().split("\n")[-1])

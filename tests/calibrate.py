@@ -159,16 +159,20 @@ def ask(judge: Judge, rows: list[dict], groups: list[list[Attempt]], kind: str, 
         judge_problem(judge, [a.judged[name] for a in group], kind)
 
 
+def score_by_code(c: Completion, whole: bool) -> list[float] | None:
+    """What the kind "quotes" gives without a judge: each line of the completion taken as quoted."""
+    points = list_checkpoints(c.rubric or c.row["reference"])
+    lines = re.findall(r"^.*\w.*$", c.text, re.MULTILINE)
+    return quote_scores("\n".join(f"0: {line}" for line in lines), points, c.step_texts, whole)
+
+
 def match_by_code(groups: list[list[Attempt]], method: str) -> None:
-    """What the kind "quotes" gives without a judge, each line taken as quoted: a.judged["code"]. If
-    that is as good, code alone finds what this judge finds."""
+    """a.judged["code"], by score_by_code. If that is as good, code alone finds what this judge
+    finds."""
     for a in [a for group in groups for a in group]:
         c = a.judged["right"]
         if c.scores and c.judge_words:  # what the judge was not asked about keeps its score
-            points = list_checkpoints(c.rubric or c.row["reference"])
-            lines = re.findall(r"^.*\w.*$", c.text, re.MULTILINE)
-            reply = "\n".join(f"0: {line}" for line in lines)
-            scores = quote_scores(reply, points, c.step_texts, method == "outcome")
+            scores = score_by_code(c, method == "outcome")
             c = dataclasses.replace(c, scores=scores, judge_words=[])
         a.judged["code"] = c
 

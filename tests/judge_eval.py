@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from calibrate import bootstrap, judge_problem  # noqa: E402
+from calibrate import bootstrap, judge_problem, score_by_code  # noqa: E402
 
 import exprl  # noqa: E402
 from exprl import COLUMNS, Completion, Judge, setting  # noqa: E402
@@ -56,6 +56,11 @@ def read_eval(path: Path, settings: JudgeEvalSettings) -> list[list[Completion]]
     return groups
 
 
+def by_code(c: Completion) -> float:
+    """The score of the whole without a judge; 1 for a text without words."""
+    return (score_by_code(c, True) or [1.0])[0]
+
+
 def judge_eval(settings: JudgeEvalSettings) -> None:
     """Have completions of `eval` judged, each as a whole (outcome)."""
     systems = {file: read_eval(Path(file), settings) for file in settings.files}
@@ -80,6 +85,9 @@ def judge_eval(settings: JudgeEvalSettings) -> None:
             "letters": lambda c: len(c.text),
             "failed, %": lambda c: 100 * (c.scores is None),
         }
+        if settings.judge_input == "quotes":  # what the judge could find, and code finds without it
+            columns["score by code"] = by_code
+            columns["states a value, by code, %"] = lambda c: 100 * (by_code(c) > 1)
         values = [[[of(c) for c in group] for group in groups] for of in columns.values()]
         values = np.ma.masked_invalid(np.array(values, float))  # (columns, problems, samples)
 

@@ -125,6 +125,15 @@ def test_quotations(judge_it, files):
 
     output, _ = judge_it(quote, "--judge-input", "quotes", "--files", *files)
     assert cells(output, "judge's score") == ["5.00", "1.00"]
+    assert cells(output, "score by code") == ["5.00", "1.00"]
+    assert cells(output, "states a value, by code, %") == ["100.00", "0.00"]
+
+
+def test_what_code_finds_needs_no_quotation(judge_it, files):
+    """A judge that quotes what is not there pays nothing; by code the value is found."""
+    output, _ = judge_it(lambda _: "1: seven", "--judge-input", "quotes", "--files", *files)
+    assert cells(output, "judge's score") == ["1.00", "1.00"]
+    assert cells(output, "score by code") == ["5.00", "1.00"]
 
 
 @pytest.mark.parametrize("text, message", [

@@ -370,6 +370,7 @@ def test_a_cache_that_cannot_be_repeated_is_found_out(model, tokenizer, monkeypa
         assert not model.shares_prompts
     state = small("mamba", len(tokenizer))
     set_sampling(state, tokenizer, ids, 1.0, 8)
+    assert not state.shares_prompts
     row = {"question": "", "answer": "", "reference": "", "prompt_ids": ids}
     assert len(next(exprl.sample_groups(state, tokenizer, [row], 2, 2))) == 2
 

@@ -183,6 +183,29 @@ def computed_rows(model, *args, **changes):
         handle.remove()
 
 
+def test_completions_of_a_prompt_stay_together(model):
+    """So that a micro-batch computes it once, however their lengths lie."""
+    completions = [make_completion(length, 6, [0.0, 1.0], seed=i % 2) for i, length in
+                   enumerate((4, 5, 6, 7, 8, 9))]  # fmt: skip
+    model.shares_prompts = True
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    _, rows = computed_rows(model, None, optimizer, completions, micro_batch=3)
+    assert rows == 2 * (1 + 3)
+
+
+def test_the_initial_model_is_set_up_as_the_policy_is(train, tmp_path, monkeypatch):
+    models, set_sampling = [], exprl.set_sampling
+
+    def spy(model, *args):
+        set_sampling(model, *args)
+        models.append(model)
+
+    monkeypatch.setattr(exprl, "set_sampling", spy)
+    train(tmp_path / "a", "--method", "sparse", "--kl", "0.1", "--steps", "1")
+    train(tmp_path / "b", "--method", "sparse", "--kl", "0", "--steps", "1")
+    assert len(models) == 3 and all(model.shares_prompts for model in models)
+
+
 def test_without_a_kl_a_completion_without_advantage_is_not_computed(model):
     completions, reference = groups(), copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)

@@ -1,11 +1,13 @@
 """ExpRL in TRL: the same advantages as exprl.py gives, and on two processes pass@1 rises."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import toy_world
 import trl_example
 from conftest import TESTS, read, surroundings
 
@@ -34,6 +36,9 @@ def sampled(settings) -> tuple:
         row = scaffold.rows[given["row"]]
         ids = ids[mask.bool()].tolist()
         completions.append(exprl.read_completion(row, ids, scaffold.tokenizer, scaffold.eos_ids))
+    prompts = zip(output["prompt_ids"], output["prompt_mask"], completions, strict=True)
+    for ids, mask, c in prompts:
+        assert ids[mask.bool()].tolist() == c.row["prompt_ids"]  # what exprl.py would ask
     judge = exprl.Judge(settings, Path(settings.out) / "again")
     verdicts = []
     for group in exprl.chunks(completions, settings.group_size):
@@ -55,6 +60,58 @@ def test_process_has_the_advantages_of_exprl(tiny, judge, no_key, tmp_path, norm
     assert torch.allclose(output["advantages"], expected, atol=1e-6)
 
 
+def test_a_chat_template_is_filled_in_as_in_exprl(tiny, judge, no_key, tmp_path):
+    shutil.copytree(tiny / "base", tmp_path / "chat")
+    _, tokenizer = exprl.find_model(str(tmp_path / "chat"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chat")
+    made = flags(tiny, judge, tmp_path / "run", "--model", str(tmp_path / "chat"))
+    _, completions = sampled(exprl.read_flags(trl_example.TrlSettings, made, ""))
+    assert tokenizer.eos_token_id in completions[0].row["prompt_ids"]
+
+
+def test_a_judgement_that_failed_moves_nothing(tiny, no_key, tmp_path):
+    """The other completions of the group keep their advantages."""
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        is_broken = len(asked) % 4 == 2
+        return (400, {"error": {"message": "broken"}}) if is_broken else toy_world.answer(request)
+
+    server = toy_world.ChatServer(answer)
+    more = ["--method", "process", "--rubric", "none", "--judge-threads", "1"]
+    made = flags(tiny, server, tmp_path, *more)
+    trainer = trl_example.make_trainer(exprl.read_flags(trl_example.TrlSettings, made, ""))
+    trainer.model.train()
+    inputs = [trainer.train_dataset[i] for i in (0, 5) for _ in range(4)]
+    output = trainer._generate_and_score_completions(inputs)
+    server.shutdown()
+    failed = [c.scores is None for c in trainer.reward_funcs[0].completions]
+    assert any(failed) and not all(failed)
+    for row, has_failed in zip(output["advantages"], failed, strict=True):
+        assert not (has_failed and row.any())
+    assert output["advantages"].any()
+
+
+def test_the_settings_in_trl_s_words(tmp_path):
+    settings = trl_example.TrlSettings(
+        model="", out=str(tmp_path), prompts_per_step=6, group_size=4, micro_batch=8, steps=7,
+        updates_per_batch=2, lr=0.5, kl=0.25, clip_low=0.125, clip_high=0.375, temperature=0.75,
+        max_new_tokens=11, seed=3, trl={"logging_steps": 5},
+    )  # fmt: skip
+    config = trl_example.grpo_config(settings)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (8, 3)
+    assert (config.max_steps, config.num_iterations, config.warmup_steps) == (14, 2, 10)
+    assert (config.learning_rate, config.beta, config.temperature) == (0.5, 0.25, 0.75)
+    assert (config.epsilon, config.epsilon_high, config.top_k, config.top_p) == (0.125, 0.375, 0, 1)
+    assert (config.num_generations, config.max_completion_length, config.seed) == (4, 11, 3)
+    assert (config.loss_type, config.scale_rewards, config.logging_steps) == ("dapo", "group", 5)
+
+
 def test_outcome_has_the_advantages_of_exprl(tiny, judge, no_key, tmp_path):
     """To 1e-6 without the std; with it TRL adds 1e-4 to it, exprl.py 1e-6."""
     for more, tolerance in ((["--no-std"], 1e-6), ([], 2e-3)):
@@ -69,7 +126,8 @@ def test_outcome_has_the_advantages_of_exprl(tiny, judge, no_key, tmp_path):
     ("more", "message"),
     [
         (["--prompts-per-step", "1", "--micro-batch", "3"], "each needs whole groups"),
-        (["--method", "sparse"], "exprl.is_correct"),
+        (["--method", "sparse"], r"exprl\.is_correct"),
+        (["--resume"], "another --out"),
     ],
 )
 def test_what_it_cannot_do_is_said_first(tiny, judge, no_key, tmp_path, more, message):

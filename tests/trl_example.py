@@ -10,7 +10,8 @@ in the place of TRL's one for each completion. A completion whose judgement fail
 None (TRL leaves it out of the group's mean) or, under Process, no advantage.
 
 Each process judges its own completions, so it needs whole groups, and its own judge and cache.
---judge-threads is for each process. Not taken over: --resume, --save-every, --sample-batch.
+--judge-threads is for each process. There is no --resume; --save-every and --sample-batch do
+nothing.
 """
 
 import sys
@@ -67,7 +68,10 @@ class ProcessTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        batch = exprl.collate(self.reward_funcs[0].completions, self.model)
+        completions = self.reward_funcs[0].completions
+        for c in completions:
+            c.advantages = c.advantages or [0.0] * len(c.steps)  # the judgement failed
+        batch = exprl.collate(completions, self.model)
         width = output["completion_ids"].shape[1] - batch["advantages"].shape[1]
         output["advantages"] = torch.nn.functional.pad(batch["advantages"], (0, width))
         return output
@@ -107,6 +111,8 @@ def grpo_config(settings: TrlSettings) -> GRPOConfig:
 
 def make_trainer(settings: TrlSettings) -> GRPOTrainer:
     """A trainer for these settings. Stops at bad input before a model is loaded."""
+    if settings.resume or (Path(settings.out) / "final").exists():
+        exprl.stop(f"{settings.out} holds a trained model, or --resume is given: another --out")
     if settings.method == "sparse":
         exprl.stop("--method sparse has no judge: give TRL a reward function of exprl.is_correct")
     config = grpo_config(settings)
@@ -114,10 +120,11 @@ def make_trainer(settings: TrlSettings) -> GRPOTrainer:
     source, tokenizer = exprl.find_model(settings.model)
     for row in rows:
         row["prompt_ids"] = judge_prompts.policy_prompt(tokenizer, row["question"])
-    prompts = [tokenizer.decode(row["prompt_ids"]) for row in rows]
-    if any(tokenizer(p).input_ids != r["prompt_ids"] for p, r in zip(prompts, rows, strict=True)):
+    if tokenizer.chat_template:  # TRL fills it in
         text = [f"{judge_prompts.POLICY}\n\n{row['question']}" for row in rows]
-        prompts = [[{"role": "user", "content": t}] for t in text]  # TRL fills in the chat template
+        prompts = [[{"role": "user", "content": t}] for t in text]
+    else:
+        prompts = [tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) for row in rows]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     eos_ids = judge_prompts.end_tokens(tokenizer, model.generation_config.eos_token_id)
     model.generation_config.eos_token_id = eos_ids
@@ -131,7 +138,10 @@ def train(settings: TrlSettings) -> None:
     """ExpRL in TRL: train a model by method outcome or process."""
     settings.out = settings.out or f"runs/trl-{settings.method}"
     trainer = make_trainer(settings)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:  # also after an error: nothing more is paid
+        trainer.reward_funcs[0].judge.close()
     final = Path(settings.out) / "final"
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
