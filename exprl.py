@@ -28,24 +28,23 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-import openai
 import regex
 import torch
 from datasets import load_dataset
 from math_verify import parse, verify
 from pandas import DataFrame
 from torch import Tensor
+from torch.nn.functional import pad as pad_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
@@ -53,7 +52,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 import judge_prompts
-from judge_prompts import end_tokens, fence, judge_inputs, judge_messages, policy_prompt
+from judge_prompts import JudgeAPI, judge_messages, policy_prompt, stop
 
 
 # ---- Settings: each field is a flag; "paper:" gives the paper's value, where it has one ----------
@@ -83,6 +82,7 @@ class JudgeSettings:
     judge_url: str = setting("its API (or $OPENAI_BASE_URL, or OpenAI's)", "")
     judge_options: dict = setting("of each call, JSON", '{"temperature": 0, "max_tokens": 2048}')
     judge_threads: int = setting("judge calls at a time", 16, at_least=1)
+    judge_patience: float = setting("minutes to wait for a judge that is out", 10.0, at_least=0)
     max_judge_calls: int = setting("stop after so many paid calls; 0: no limit", 0, at_least=0)
     rubric: str = setting("turn a reference into checkpoints first", "checkpoints", "none")
     judge_input: str = setting("what it is asked for", "together", "prefix", "alone", "quotes")
@@ -123,11 +123,6 @@ class EvalSettings(SamplingSettings):
 
 
 # ---- Messages and files --------------------------------------------------------------------------
-def stop(message: str) -> None:
-    """End the program with one line that says what is wrong and what to do (exit status 1)."""
-    raise SystemExit(f"exprl: {' '.join(message.split())[:500]}")
-
-
 def chunks(items: list, size: int) -> list[list]:
     """Consecutive parts of `size` items; the last may be shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]
@@ -246,7 +241,7 @@ def set_sampling(model, tokenizer, prompt_ids: list[int], settings: SamplingSett
     checkpoint brings top_k, top_p, penalties (Qwen2.5: 20, .8, 1.1), the library a top_k of 50:
     they are set to do nothing. That is tried on a prompt, and whether read_prompts works: not every
     cache can be repeated."""
-    eos_ids = end_tokens(tokenizer, model.generation_config.eos_token_id)
+    eos_ids = judge_prompts.end_tokens(tokenizer, model.generation_config.eos_token_id)
     if not eos_ids:
         stop("the model has no end-of-sequence token")
     neutral = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
@@ -301,6 +296,7 @@ class Completion:
     scores: list[float] | None = None  # 1..5 for each step, or one in all; None: the judge failed
     rewards: list[float] | None = None  # 0..1, as the scores
     advantages: list[float] = field(default_factory=list)  # for each step
+    ref_logprobs: list[float] | None = None  # T, under the initial policy; None: there is no KL
 
 
 def read_completion(row: dict, ids: list[int], tokenizer, eos_ids: list[int]) -> Completion:
@@ -314,20 +310,48 @@ def read_completion(row: dict, ids: list[int], tokenizer, eos_ids: list[int]) ->
 
 
 @torch.no_grad()
-def sample_groups(model, tokenizer, rows: list, n: int, batch: int) -> Iterator[list[Completion]]:
-    """n completions of each row, a group a row; `batch` completions in one call of generate."""
-    config, completions = model.generation_config, []
+def sample_completions(model, prompt_ids: list[list[int]]) -> Iterator[tuple[int, list[int]]]:
+    """A completion of each prompt, as they end: (its place, token ids up to and including the first
+    eos). When a quarter of a batch has ended it leaves the batch, and the others go on with their
+    part of the cache: what has ended costs no more. The plain way: all at the end."""
+    tokens, mask = pad(prompt_ids, model.device)  # (B, P)
+    start, end = tokens.shape[1], tokens.shape[1] + model.generation_config.max_new_tokens
+    eos_ids = model.generation_config.eos_token_id
+    eos = torch.tensor(eos_ids, device=model.device)
+
+    def quarter_has_ended(tokens: Tensor, *_) -> Tensor:  # (B, P + t) -> (B,), all the same
+        return (torch.isin(tokens[:, -1], eos).float().mean() >= 1 / 4).expand(len(tokens))
+
+    places, how = torch.arange(len(tokens), device=model.device), {}
+    if model.shares_prompts:  # `generate` goes on from the last token, which is not in the cache
+        cache, _ = read_prompts(model, tokens[:, :-1], mask[:, :-1])
+        how = {"cache": cache, "stopping_criteria": [quarter_has_ended]}
+    while len(tokens):
+        n_left = end - tokens.shape[1]
+        tokens = model.generate(tokens, attention_mask=mask, max_new_tokens=n_left, **how)
+        has_ended = torch.isin(tokens[:, -1], eos) | (tokens.shape[1] == end)
+        ended = tokens[has_ended, start:]
+        keep = completion_mask(ended, set(eos_ids))
+        for place, ids, is_kept in zip(places[has_ended], ended, keep, strict=True):
+            yield int(place), ids[is_kept].tolist()
+        places, tokens, mask = places[~has_ended], tokens[~has_ended], mask[~has_ended]
+        mask = pad_right(mask, (0, tokens.shape[1] - mask.shape[1]), value=1)
+        if len(tokens):
+            cache.batch_select_indices((~has_ended).nonzero()[:, 0])
+
+
+def sample_groups(model, tokenizer, rows, n, batch, ended=None) -> Iterator[list[Completion]]:
+    """n completions of each row, a group a row; `batch` completions at a time. `ended` is called
+    with each as soon as it has ended, while others of its batch go on."""
+    eos_ids, completions = model.generation_config.eos_token_id, []
     for part in chunks([row for row in rows for _ in range(n)], batch):
-        prompts, prompt_mask = pad([row["prompt_ids"] for row in part], model.device)  # (B, P)
-        inputs = {"input_ids": prompts, "attention_mask": prompt_mask}
-        if model.shares_prompts:  # generate goes on from the last token of a prompt
-            inputs["cache"] = read_prompts(model, prompts[:, :-1], prompt_mask[:, :-1])[0]
-        tokens = model.generate(**inputs)[:, prompts.shape[1] :]
-        masks = completion_mask(tokens, set(config.eos_token_id))
-        for row, ids, mask in zip(part, tokens, masks, strict=True):
-            ids = ids[mask].tolist()
-            completions.append(read_completion(row, ids, tokenizer, config.eos_token_id))
-        while len(completions) >= n:  # a group may take more than one call
+        done = {}
+        for place, ids in sample_completions(model, [row["prompt_ids"] for row in part]):
+            done[place] = read_completion(part[place], ids, tokenizer, eos_ids)
+            if ended:
+                ended(done[place])
+        completions += [done[place] for place in sorted(done)]
+        while len(completions) >= n:  # a group may take more than one batch
             yield completions[:n]
             completions = completions[n:]
 
@@ -360,9 +384,6 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
 
 
 # ---- Judge: question, hidden reference and completion -> scores 1..5 -----------------------------
-JUDGE_CLIENT = {"timeout": 120.0, "max_retries": 4}  # seconds; for a request that gets lost
-
-
 def parse_score(reply: str, label: str = "Score") -> int | None:
     r"""The score 1..5 in a judge's reply: the last line that is a score and nothing else, or None.
     Fails closed: a quotation, 0, 6, 10, 4.5 and 4/5 are no scores. Blanks, stars and brackets
@@ -378,61 +399,50 @@ def parse_score(reply: str, label: str = "Score") -> int | None:
     return scores[-1] if scores else None
 
 
-class Judge:
-    """A judge behind an OpenAI-compatible API, asked from threads; each score is kept on disk.
-    A verdict that fails is None, never a low score. Stops if no server answers or takes the key."""
+class Judge(JudgeAPI):
+    """A judge behind an API, asked from threads; each of its replies is kept on disk. A verdict
+    that fails is None, never a low score."""
 
     def __init__(self, settings: JudgeSettings, folder: Path):
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        url = settings.judge_url or os.environ.get("OPENAI_BASE_URL")
-        if not url and not key:
-            stop("no judge: set OPENAI_API_KEY, or give --judge-url http://HOST:PORT/v1")
-        if re.search(r"[^!-~]", key):
-            stop("OPENAI_API_KEY holds a character that no key has")
-        url = url or "https://api.openai.com/v1"
-        self.name = f"the judge {settings.judge_model} at {url}"
-        self.settings = settings
-        self.last_error = ""
-        self.is_closed = False
-        self.paid = {"judge_calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        self.lock = threading.Lock()
-        self.pool = ThreadPoolExecutor(settings.judge_threads)
+        super().__init__(settings)
         folder.mkdir(parents=True, exist_ok=True)
         self.cache_path = folder / "judge_cache.jsonl"
         self.cache_path.open("a").write("\n")  # ends a line that a crash has torn
         self.cache = {record["key"]: record["reply"] for record in read_log(self.cache_path)}
-        try:
-            self.client = openai.OpenAI(base_url=url, api_key=key or "none", **JUDGE_CLIENT)
-            self.client.with_options(max_retries=1, timeout=20).models.with_raw_response.list()
-        except openai.APIStatusError as error:
-            if error.status_code in (401, 403):  # else: some servers list no models
-                stop(f"{self.name} refuses the key in OPENAI_API_KEY: {error}")
-        except Exception as error:  # no connection, no URL, ...
-            stop(f"{self.name} cannot be reached: {error.__cause__ or error}")
+        self.asking = {}  # a lock for each call
+        self.verdicts = []  # on their way
+        self.unscored = []  # replies without a score, for the cache if the step stands
 
-    def submit(self, group: list[Completion], kind: str) -> list[Future]:
-        """Hand a problem's completions to the threads. They wait for its rubric, asked first."""
-        rubric = None
-        if self.settings.rubric == "checkpoints":
-            messages = judge_messages("rubric", group[0].row)
-            rubric = self.pool.submit(self.ask, messages, judge_prompts.parse_rubric)
-        return [self.pool.submit(self.judge, c, kind, rubric) for c in group]
+    def prepare(self, rows: list[dict]) -> None:
+        """Have the problems' checkpoints written, so that no completion will wait for them."""
+        for row in rows:
+            self.pool.submit(self.ask_rubric, row)
 
-    def wait(self, completions: list[Completion], verdicts: list[Future]) -> None:
-        """Until each completion has its scores or has failed. Stops if most have failed."""
-        for verdict in verdicts:
+    def submit(self, completions: list[Completion], kind: str) -> list[Future]:
+        """Hand completions to the threads."""
+        verdicts = [self.pool.submit(self.judge, c, kind) for c in completions]
+        self.verdicts += verdicts
+        return verdicts
+
+    def wait(self, completions: list[Completion]) -> None:
+        """Until all have their scores or have failed. Stops if most of these have failed."""
+        for verdict in self.verdicts:
             verdict.result()
+        self.verdicts.clear()
         if sum(c.scores is None for c in completions) > len(completions) / 2:
             stop(f"{self.name} failed on most completions; --resume later. {self.last_error}")
+        with self.lock:
+            write_log(self.cache_path, self.unscored)
+            self.unscored.clear()
 
-    def judge(self, c: Completion, kind: str, rubric: Future | None) -> None:
+    def judge(self, c: Completion, kind: str) -> None:
         """Fill in the scores of a completion (None if one of its calls fails), in a thread. What
         has no words scores 1 without a call; under outcome, what was cut off too: it has no end."""
         steps = [c.text] if kind == "outcome" else c.step_texts
         if not re.search(r"\w", c.text) or (kind == "outcome" and c.cut):
             c.scores = [1] * len(steps)
             return
-        checkpoints, reply = rubric.result() if rubric else ("", "")
+        checkpoints, reply = self.ask_rubric(c.row)
         if checkpoints is None:  # the rubric failed
             c.judge_words = [reply]
             return
@@ -446,11 +456,11 @@ class Judge:
             scores = [parse_score(reply, label) for label in labels]
             return None if None in scores else scores
 
-        for texts in judge_inputs(kind, c.text, c.step_texts):
+        for texts in judge_prompts.judge_inputs(kind, c.text, c.step_texts):
             if self.settings.judge_input == "quotes":
                 messages = judge_prompts.quote_messages(c.row, points, c.text)
             else:
-                messages = judge_messages(kind, c.row, checkpoints, fence(texts))
+                messages = judge_messages(kind, c.row, checkpoints, judge_prompts.fence(texts))
             new, reply = self.ask(messages, parse)
             c.judge_words.append(reply)
             if new is None:
@@ -458,53 +468,27 @@ class Judge:
             scores += new
         c.scores = scores
 
+    def ask_rubric(self, row: dict) -> tuple:
+        """(checkpoints, reply) of a problem: (None, reply) if it fails, ("", "") without rubric."""
+        if self.settings.rubric == "none":
+            return "", ""
+        return self.ask(judge_messages("rubric", row), judge_prompts.parse_rubric)
+
     def ask(self, messages: list[dict], parse: Callable) -> tuple:
-        """(parse(reply), reply), from the cache or the server; (None, words) if it fails."""
+        """(parse(reply), reply), from the cache or the server; None if it has not the form that was
+        asked for. Of equal calls under way one is paid; the others wait for it."""
         asked = [self.settings.judge_model, self.settings.judge_options, messages]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        if digest in self.cache:
-            return parse(self.cache[digest]), self.cache[digest]
-        for _ in range(3):  # until a reply has the form that was asked for
-            try:
-                reply = self.request(messages)
-            except Exception as error:  # of the API (its words are in the body), or a broken reply
-                self.last_error = f"{type(error).__name__}: {getattr(error, 'body', None) or error}"
-                return None, f"(no verdict: {self.last_error})"
-            if parse(reply) is not None:
+        with self.asking.setdefault(digest, threading.Lock()):
+            if digest not in self.cache:
+                self.cache[digest] = self.ask_until(messages, parse)
+                record = {"key": digest, "reply": self.cache[digest]}
                 with self.lock:
-                    self.cache[digest] = reply
-                    write_log(self.cache_path, [{"key": digest, "reply": reply}])
-                return parse(reply), reply
-            again = {"role": "user", "content": judge_prompts.ASK_AGAIN}
-            messages = [*asked[2], {"role": "assistant", "content": reply or "(empty)"}, again]
-        self.last_error = f"no score in its reply {reply!r}"
-        return None, reply
-
-    def request(self, messages: list[dict]) -> str:
-        """The text of a paid reply. Stops where no later call would be answered either."""
-        model, options = self.settings.judge_model, self.settings.judge_options
-        with self.lock:
-            limit = self.settings.max_judge_calls
-            if self.is_closed or 0 < limit <= self.paid["judge_calls"]:
-                stop(f"--max-judge-calls {limit} reached: raise it (to train: and --resume)")
-            self.paid["judge_calls"] += 1
-        try:
-            reply = self.client.chat.completions.create(model=model, messages=messages, **options)
-        except openai.APIStatusError as error:
-            if error.status_code in (401, 403, 404):
-                stop(f"{self.name}: {error}")
-            raise
-        usage, choices = getattr(reply, "usage", None), getattr(reply, "choices", None)
-        with self.lock:
-            for name in ("prompt_tokens", "completion_tokens"):
-                self.paid[name] += getattr(usage, name, 0) or 0
-        text = choices[0].message.content if choices else ""
-        return str(text or "").encode(errors="replace").decode()  # half a character becomes a ?
-
-    def close(self) -> None:
-        """No thread makes another call; those on their way are kept."""
-        self.is_closed = True
-        self.pool.shutdown(wait=False, cancel_futures=True)
+                    if parse(record["reply"]) is None:
+                        self.unscored.append(record)
+                    else:
+                        write_log(self.cache_path, [record])
+        return parse(self.cache[digest]), self.cache[digest]
 
 
 # ---- Advantages ----------------------------------------------------------------------------------
@@ -634,18 +618,36 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return torch.expm1(log_r) - log_r  # exp(x) - 1 would round to less than x
 
 
+def micro_batches(completions: list[Completion], size: int) -> list[list[Completion]]:
+    """Parts of `size`, by prompt and length: a prompt is computed once, and padding is short."""
+    order = lambda c: (len(c.row["prompt_ids"]), c.row["prompt_ids"], len(c.ids))  # noqa: E731
+    return chunks(sorted(completions, key=order), size)
+
+
 def collate(completions: list[Completion], model, prompt: str = "prompt_ids") -> dict:
-    """advantages (B, T), each step's for all its tokens, and their mask; inputs: (B, P + T) ids and
-    attention mask, and T. Prompts are padded on the left, completions on the right."""
+    """inputs: (B, P + T) ids and attention mask, and T; prompts are padded on the left, completions
+    on the right. (B, T): mask, advantages (each step's for all its tokens) and, with a KL, ref."""
     prompts, prompt_mask = pad([c.row[prompt] for c in completions], model.device)
     ids, mask = pad([c.ids for c in completions], model.device, "right")
-    advantages = []
-    for c in completions:
-        lengths = [end - start for start, end in c.steps]
-        advantages.append(np.repeat(np.float32(c.advantages), lengths))
     inputs = torch.cat([prompts, ids], dim=1), torch.cat([prompt_mask, mask], dim=1), ids.shape[1]
     batch = {"completions": completions, "inputs": inputs, "mask": mask.bool()}
-    return batch | {"advantages": pad(advantages, model.device, "right")[0]}
+    by_token = []
+    for c in completions:
+        lengths = [end - start for start, end in c.steps]
+        by_token.append(np.repeat(np.float32(c.advantages or [0.0] * len(c.steps)), lengths))
+    batch["advantages"], _ = pad(by_token, model.device, "right")
+    if completions[0].ref_logprobs:
+        batch["ref"], _ = pad([c.ref_logprobs for c in completions], model.device, "right")
+    return batch
+
+
+@torch.no_grad()
+def fill_reference(initial, completions: list[Completion], settings: TrainSettings) -> None:
+    """The log-probs of each completion's tokens under the initial policy, for the KL."""
+    for part in micro_batches(completions, settings.micro_batch):
+        logp = token_logprobs(initial, *collate(part, initial)["inputs"], settings.temperature)
+        for c, of_tokens in zip(part, logp.tolist(), strict=True):
+            c.ref_logprobs = of_tokens[: len(c.ids)]
 
 
 def grpo_loss(model, batch: dict, n_tokens: int, settings: TrainSettings) -> tuple[Tensor, dict]:
@@ -653,7 +655,7 @@ def grpo_loss(model, batch: dict, n_tokens: int, settings: TrainSettings) -> tup
     mask, advantages = batch["mask"], batch["advantages"]
     low, high = settings.clip_low, settings.clip_high
     logp = token_logprobs(model, *batch["inputs"], settings.temperature)
-    old = batch.get("old", logp.detach())
+    old = batch.setdefault("old", logp.detach())  # before a weight has moved: there rho is 1
     loss = policy_loss(logp, old, advantages, mask, low, high, n_tokens)
     rho = torch.exp(logp.detach() - old)
     clipped = ((rho > 1 + high) & (advantages > 0)) | ((rho < 1 - low) & (advantages < 0))
@@ -664,25 +666,15 @@ def grpo_loss(model, batch: dict, n_tokens: int, settings: TrainSettings) -> tup
     return loss, {name: values[mask].sum() for name, values in logged.items()}
 
 
-def update(model, initial, optimizer, completions: list, settings, loss_of=grpo_loss) -> dict:
+def update(model, optimizer, completions: list, settings, loss_of=grpo_loss) -> dict:
     """The optimizer steps on one batch; returns means over the tokens computed at the last of them.
     Each token has the weight 1 / n_tokens: with a mean per completion, a wrong answer would get
-    cheaper by going on; with a mean per micro-batch the gradient would depend on how it is cut. Old
-    log-probs are computed as the new ones are, so that rho is 1 until a weight moves: those of
-    `generate` (token by token, with a cache) are rounded otherwise."""
+    cheaper by going on; with a mean per micro-batch the gradient would depend on how it is cut."""
     trained = [c for c in completions if c.rewards is not None]
-    n_tokens, batches = sum(len(c.ids) for c in trained), []
-    if not initial:  # then an advantage of 0 is a gradient of 0
+    n_tokens = sum(len(c.ids) for c in trained)
+    if not settings.kl:  # then an advantage of 0 is a gradient of 0
         trained = [c for c in trained if any(c.advantages)] or trained[:1]
-    trained.sort(key=lambda c: (len(c.row["prompt_ids"]), c.row["prompt_ids"], len(c.ids)))
-    for part in chunks(trained, settings.micro_batch):
-        batch = collate(part, model)
-        with torch.no_grad():
-            if settings.updates_per_batch > 1:  # else rho is 1
-                batch["old"] = token_logprobs(model, *batch["inputs"], settings.temperature)
-            if initial:
-                batch["ref"] = token_logprobs(initial, *batch["inputs"], settings.temperature)
-        batches.append(batch)
+    batches = [collate(part, model) for part in micro_batches(trained, settings.micro_batch)]
     for _ in range(settings.updates_per_batch):
         sums = {}
         for batch in batches:
@@ -701,7 +693,8 @@ class Run:
     """The folder of a run: settings, logs, checkpoint. `step` is the last one that is complete, or
     None in mid-update. Stops at a run that is there without --resume, and at other settings."""
 
-    MAY_CHANGE = "resume steps out judge_url judge_threads max_judge_calls micro_batch save_every"
+    MAY_CHANGE = "resume steps out micro_batch save_every judge_url judge_threads judge_patience"
+    MAY_CHANGE += " max_judge_calls"
 
     def __init__(self, settings: TrainSettings):
         name = Path(settings.model.rstrip("/").removesuffix("/final")).name
@@ -745,9 +738,10 @@ class Run:
     def log(self, step: int, metrics: dict, completions: list[Completion], tokenizer) -> None:
         """Append a step's numbers to metrics.jsonl, and all its completions to rollouts.jsonl."""
         write_log(self.out / "metrics.jsonl", [{"step": step} | metrics])
+        unlogged = ("row", "ids", "prompt_ids", "teacher_prompt_ids", "ref_logprobs")
         records = []
         for c in completions:
-            known = {k: v for k, v in (c.row | vars(c)).items() if k != "row" and k[-3:] != "ids"}
+            known = {k: v for k, v in (c.row | vars(c)).items() if k not in unlogged}
             prompt = tokenizer.decode(c.row["prompt_ids"])
             records.append({"step": step, "prompt": prompt} | known)
         write_log(self.out / "rollouts.jsonl", records)
@@ -795,6 +789,8 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
     run, judge, tokenizer, model, initial, optimizer = set_up(settings, rows)
     n_prompts, group_size = settings.prompts_per_step, settings.group_size
     kind = settings.judge_input if settings.method == "process" else settings.method
+    sizes = (group_size, settings.sample_batch)
+    ended = (lambda c: judge.submit([c], kind)) if judge else None  # while others are sampled
     steps = range(run.step + 1, settings.steps + 1)
     print(f"run: {run.out}, {settings.method}, {len(rows)} problems, {run.step} steps done")
     if judge:
@@ -806,25 +802,28 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
             torch.manual_seed(settings.seed * 1_000_003 + step)  # resumed, it draws what this draws
             rng = np.random.default_rng([settings.seed, step])
             problems = [rows[i] for i in rng.choice(len(rows), n_prompts, replace=False)]
-            completions, verdicts, clock = [], [], [time.monotonic()]
-            for group in sample(model, tokenizer, problems, group_size, settings.sample_batch):
-                completions += group  # 1. sample
-                if judge:  # while the next group is sampled
-                    verdicts += judge.submit(group, kind)
+            clock = [time.monotonic()]
+            if judge:
+                judge.prepare(problems)
+            groups = sample(model, tokenizer, problems, *sizes, ended)  # 1. sample
+            completions = [c for group in groups for c in group]
+            clock.append(time.monotonic())
+            if initial:  # while the judge reads
+                fill_reference(initial, completions, settings)
             clock.append(time.monotonic())
             if judge:
-                judge.wait(completions, verdicts)  # 2. judge
+                judge.wait(completions)  # 2. judge
             clock.append(time.monotonic())
             fill(completions, settings)  # 3. advantage
             metrics = measure(completions, group_size) | run.paid
             run.step = None  # the weights are moving: save() does nothing until log()
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * min(1.0, step / 5)  # warm-up
-            metrics |= update(model, initial, optimizer, completions, settings, loss)  # 4. update
+            metrics |= update(model, optimizer, completions, settings, loss)  # 4. update
             clock.append(time.monotonic())
             if not math.isfinite(metrics["grad_norm"]):
                 stop(f"step {step}: the gradient is no number; lower --lr, or raise --kl")
-            phases = ("seconds_sample", "seconds_judge", "seconds_update")
+            phases = ("seconds_sample", "seconds_reference", "seconds_judge", "seconds_update")
             metrics |= zip(phases, np.diff(clock).tolist(), strict=True)
             run.log(step, metrics, completions, tokenizer)  # 5. log
             bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy")} | run.paid)

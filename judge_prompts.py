@@ -22,9 +22,20 @@ Raw strings: in an ordinary one "\boxed" is a backspace followed by "oxed".
 """
 
 import hashlib
+import math
+import os
 import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from string import Template
+from typing import NoReturn
+
+import openai
+from openai.types.chat import ChatCompletion
+from tqdm import tqdm
 
 # The one prompt of every method, stage and evaluation. The problem follows after a blank line.
 POLICY = (
@@ -452,3 +463,121 @@ def quote_scores(reply: str, checkpoints: list, steps: list, whole: bool) -> lis
         found = [None if step is None else last for step in found]
     scores = step_scores(found, len(steps))
     return scores[:1] if whole else scores
+
+
+# ---- The judge's API -----------------------------------------------------------------------------
+JUDGE_CLIENT = {"timeout": 120.0, "max_retries": 2}  # seconds; for a request that gets lost
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds, in an outage
+
+
+def stop(message: str) -> NoReturn:
+    """End the program with one line that says what is wrong and what to do (exit status 1)."""
+    raise SystemExit(f"exprl: {' '.join(message.split())[:500]}")
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether the judge is not there (no connection, no JSON, 408, 409, 429, 5xx): no verdict."""
+    code = getattr(error, "status_code", None)
+    if code is None:
+        return isinstance(error, (openai.APIConnectionError, ValueError))
+    return code >= 500 or code in (408, 409, 429)
+
+
+class JudgeAPI:
+    """A judge behind an OpenAI-compatible API. Stops if no server answers or takes the key."""
+
+    def __init__(self, settings):  # exprl.JudgeSettings
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        url = settings.judge_url or os.environ.get("OPENAI_BASE_URL")
+        if not url and not key:
+            stop("no judge: set OPENAI_API_KEY, or give --judge-url http://HOST:PORT/v1")
+        if re.search(r"[^!-~]", key):
+            stop("OPENAI_API_KEY holds a character that no key has")
+        url = url or "https://api.openai.com/v1"
+        self.name = f"the judge {settings.judge_model} at {url}"
+        self.settings = settings
+        self.paid = {"judge_calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(settings.judge_threads)
+        self.closed = threading.Event()
+        self.last_error = ""
+        self.told = -math.inf  # when an outage was last spoken of, in seconds
+        try:
+            self.client = openai.OpenAI(base_url=url, api_key=key or "none", **JUDGE_CLIENT)
+            self.client.with_options(max_retries=1, timeout=20).models.with_raw_response.list()
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403):  # else: some servers list no models
+                stop(f"{self.name} refuses the key in OPENAI_API_KEY: {error}")
+        except Exception as error:  # no connection, no URL, ...
+            stop(f"{self.name} cannot be reached: {error.__cause__ or error}")
+
+    def ask_until(self, messages: list[dict], parse: Callable) -> str:
+        """The first of three replies that has the form that was asked for, or the last."""
+        told = messages
+        for _ in range(3):
+            try:
+                reply = self.request(told)
+            except Exception as error:  # the API's words are in the body
+                self.last_error = f"{type(error).__name__}: {getattr(error, 'body', None) or error}"
+                return f"(no verdict: {self.last_error})"
+            if parse(reply) is not None:
+                return reply
+            again = {"role": "user", "content": ASK_AGAIN}
+            told = [*messages, {"role": "assistant", "content": reply or "(empty)"}, again]
+        self.last_error = f"no score in its reply {reply!r}"
+        return reply
+
+    def request(self, messages: list[dict]) -> str:
+        """The text of a paid reply; what is no verdict but an outage is waited for. Stops where no
+        later call would be answered either. Raises what refuses this call only (it is too long)."""
+        limit, pause, started = self.settings.max_judge_calls, FIRST_PAUSE, time.monotonic()
+        asked = {"model": self.settings.judge_model, "messages": messages}
+        with self.lock:
+            if 0 < limit <= self.paid["judge_calls"]:
+                stop(f"--max-judge-calls {limit} reached: raise it (to train: and --resume)")
+            self.paid["judge_calls"] += 1
+        while not self.closed.is_set():
+            try:
+                reply = self.client.chat.completions.create(**asked, **self.settings.judge_options)
+                if not isinstance(reply, ChatCompletion):
+                    raise ValueError(f"no JSON, but {str(reply)[:100]!r}")
+                break
+            except Exception as error:
+                code = getattr(error, "status_code", None)
+                if (
+                    code in (401, 402, 403, 404)
+                    or getattr(error, "code", "") == "insufficient_quota"
+                ):
+                    stop(f"{self.name}: {error}")
+                if not is_outage(error):
+                    raise
+                pause = self.wait_out(error, pause, started)
+        else:
+            stop(f"{self.name} is not asked any more")
+        with self.lock:
+            for name in ("prompt_tokens", "completion_tokens"):
+                self.paid[name] += getattr(reply.usage, name, 0) or 0
+        text = reply.choices[0].message.content if reply.choices else ""
+        return str(text or "").encode(errors="replace").decode()  # half a character becomes a ?
+
+    def wait_out(self, error: Exception, pause: float, started: float) -> float:
+        """Wait for these seconds, or what the judge says, and return the next pause. Stops if that
+        would be after --judge-patience."""
+        patience, now = 60 * self.settings.judge_patience, time.monotonic()
+        response = getattr(error, "response", None)
+        says = response.headers.get("retry-after", "") if response is not None else ""
+        pause = max(pause, float(says) if says.isdigit() else 0)
+        if now + pause > started + patience:
+            stop(f"{self.name} is out: {error}. Nothing is lost: --resume when it is back")
+        with self.lock:
+            if now > self.told + 60:
+                words = " ".join(str(error).split())[:200]
+                tqdm.write(f"{self.name} is out, waiting for {patience:.0f} s at most: {words}")
+                self.told = now
+        self.closed.wait(pause)
+        return min(2 * pause, LONGEST_PAUSE)
+
+    def close(self) -> None:
+        """No thread makes another call; those on their way are kept."""
+        self.closed.set()
+        self.pool.shutdown(wait=False, cancel_futures=True)

@@ -48,7 +48,7 @@ def show_reference(rows: list[dict], which: str, seed: int) -> list[dict]:
 
 
 # ---- SFT: cross-entropy on the references, with the policy's own prompt --------------------------
-def read_references(model, tokenizer, rows: list, n: int, batch: int) -> Iterator[list[Completion]]:
+def read_references(model, tokenizer, rows: list, *_) -> Iterator[list[Completion]]:
     """In place of samples, one of each problem: reference + eos, cut where a sample would be."""
     sampling = model.generation_config
     ends, eos = sampling.eos_token_id, tokenizer.eos_token_id
@@ -83,13 +83,13 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return torch.stack([checkpoint(row_kl, *row, use_reentrant=False) for row in rows])
 
 
-def sample_students(model, tokenizer, rows: list, *sizes: int) -> Iterator[list[Completion]]:
+def sample_students(model, tokenizer, rows: list, *how) -> Iterator[list[Completion]]:
     """Samples of the policy, as ever; their rows hold the teacher's prompt too."""
     for row in rows:
         text = f"{row['reference']}\n\n{row['question']}"
         ids = judge_prompts.policy_prompt(tokenizer, text, judge_prompts.TEACHER)
         row["teacher_prompt_ids"] = ids
-    return exprl.sample_groups(model, tokenizer, rows, *sizes)
+    return exprl.sample_groups(model, tokenizer, rows, *how)
 
 
 @functools.cache

@@ -10,8 +10,10 @@ for. The limit is a bare `generate`, and bare passes, forward and backward, over
 step cannot do without: each prompt once, and its completions (forward once more for the KL).
 Memory is the peak of the process (on CUDA that of the device), weights and AdamW's state included.
 --grow doubles length, group and, of the random model, vocabulary: what grows how fast?
+--judge trains with a judge that takes 0, 0.5 and 2 seconds a call: how much of that is waited for?
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -29,7 +31,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+from toy_world import ChatServer  # noqa: E402
 
 import exprl  # noqa: E402
 from exprl import setting  # noqa: E402
@@ -51,6 +55,7 @@ class BenchmarkSettings:
     steps: int = setting("to be timed, after a first one that is not", 2, at_least=1)
     repeats: int = setting("processes of each system", 3, at_least=1)
     grow: bool = setting("then double length, group and vocabulary, one at a time", False)
+    judge: bool = setting("instead, exprl.py with a judge of 0, 0.5 and 2 s a call", False)
     system: str = setting("one only, in this process", "", "exprl", "trl", "limit")
 
 
@@ -123,8 +128,10 @@ def run_exprl(settings: BenchmarkSettings, source: str, tokenizer, texts: list[s
         for c in completions:
             assert len(c.ids) == settings.length
             c.scores = [draw.uniform(1, 5)]
+        if initial:
+            exprl.fill_reference(initial, completions, own)
         exprl.fill_advantages(completions, own)
-        exprl.update(model, initial, optimizer, completions, own)
+        exprl.update(model, optimizer, completions, own)
         clock.step(middle - start, time.monotonic() - middle)
     return clock.result()
 
@@ -209,7 +216,7 @@ def in_a_process(settings: BenchmarkSettings, system: str, **changes) -> dict[st
     """What a system takes, in a fresh process. Stops with its last words if it fails."""
     command = [sys.executable, str(Path(__file__).resolve())]
     for name, value in (vars(settings) | changes | {"system": system}).items():
-        if name != "grow":
+        if name not in ("grow", "judge"):
             command += ["--" + name.replace("_", "-"), str(value)]
     env = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
     try:
@@ -237,6 +244,9 @@ def benchmark(settings: BenchmarkSettings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         is_random = not settings.model
         settings.model = settings.model or random_model(f"{folder}/model", settings.vocabulary)
+        if settings.judge:
+            print_waiting(settings, folder)
+            return
         taken = {system: [] for system in SYSTEMS}
         for _ in tqdm(range(settings.repeats), "a process of each", leave=False):
             for system in SYSTEMS:
@@ -281,6 +291,46 @@ def print_growth(settings: BenchmarkSettings, is_random: bool, folder: str) -> N
         powers = {key: f"{np.log2(larger[key] / base[key]):.2f}" for key in base}
         table[f"{name} {value} -> {2 * value}"] = powers
     print(f"\nexponents of growth\n{DataFrame(table).T.to_string()}")
+
+
+def train_with_judge(settings: BenchmarkSettings, seconds: float, folder: Path) -> list[dict]:
+    """The metrics of steps of ExpRL-Process, without the first, with a judge that takes so long."""
+    _, tokenizer = exprl.find_model(settings.model)
+    texts = make_prompts(tokenizer, settings.prompts, settings.prompt_length)
+    rows = [{"question": text, "reference": "1"} for text in texts]
+    exprl.write_log(folder.with_suffix(".jsonl"), rows, "w")
+    scores = [f"Step {t}: {1 + t % 5}" for t in range(1, exprl.MAX_STEPS + 1)]
+    reply = "\n".join(["- a checkpoint", "- another one", *scores])
+    server = ChatServer(lambda request: time.sleep(seconds) or reply)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        exprl.train(exprl.TrainSettings(
+            model=settings.model, data=str(folder.with_suffix(".jsonl")), out=str(folder / "run"),
+            judge_url=server.url, judge_options={}, steps=settings.steps + 1, kl=settings.kl,
+            prompts_per_step=settings.prompts, group_size=settings.group,
+            max_new_tokens=settings.length, micro_batch=settings.micro_batch, temperature=1.0,
+        ))  # fmt: skip
+    server.shutdown()
+    return exprl.read_log(folder / "run" / "metrics.jsonl")[1:]
+
+
+def print_waiting(settings: BenchmarkSettings, folder: str) -> None:
+    """How long a step takes with a judge of 0, 0.5, 2 seconds a call, 16 calls at a time."""
+    torch.set_num_threads(settings.threads)
+    taken = {0: [], 0.5: [], 2: []}
+    for repeat in range(settings.repeats):
+        for seconds, steps in taken.items():
+            steps += train_with_judge(settings, seconds, Path(folder) / f"{seconds}-{repeat}")
+    phases = ("sample", "reference", "judge", "update")
+    table, instant = {}, None
+    for seconds, steps in taken.items():
+        row = {f"{p}, s": middle_and_range([m[f"seconds_{p}"] for m in steps]) for p in phases}
+        totals = [sum(m[f"seconds_{p}"] for p in phases) for m in steps]
+        instant = instant or np.median(totals)
+        row |= {"step, s": middle_and_range(totals)}
+        row |= {"to instant": f"{np.median(totals) / instant:.2f}"}
+        table[f"{seconds} s a call"] = row
+    print(f"a step of {settings.prompts} x {settings.group} x {settings.length} tokens at most")
+    print(f"medians and ranges of {len(steps)} steps\n{DataFrame(table).T.to_string()}")
 
 
 if __name__ == "__main__":

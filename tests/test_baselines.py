@@ -137,9 +137,9 @@ def test_only_the_teacher_s_prompt_holds_the_reference(train, tmp_path, tiny, me
     """On every row that is sampled from or trained on."""
     seen, update = [], exprl.update
 
-    def update_spy(model, initial, optimizer, completions, *rest):
+    def update_spy(model, optimizer, completions, *rest):
         seen.extend(c.row for c in completions)
-        return update(model, initial, optimizer, completions, *rest)
+        return update(model, optimizer, completions, *rest)
 
     monkeypatch.setattr(exprl, "update", update_spy)
     train(tmp_path / "run", "--method", method)

@@ -47,11 +47,25 @@ EVIL = (
 
 
 class Handler(toy_world.ChatHandler):
-    """A handler whose list of models has a status of the test's choice."""
+    """A handler whose list of models has a status of the test's choice, and that can break down."""
 
     def do_GET(self):
         self.server.authorizations.append(self.headers["Authorization"])
         self.reply(self.server.models_status, {"object": "list", "data": []})
+
+    def reply(self, status, body):
+        if status == "closed":
+            self.close_connection = True
+        elif status == "broken":
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b'{"id"')
+            self.wfile.flush()
+        else:
+            time.sleep(1 if status == "late" else 0)
+            super().reply(200 if status == "late" else status, body)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +74,7 @@ def surroundings(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(exprl, "JUDGE_CLIENT", {"timeout": 8.0, "max_retries": 1})
+    monkeypatch.setattr(judge_prompts, "JUDGE_CLIENT", {"timeout": 8.0, "max_retries": 1})
 
 
 @pytest.fixture
@@ -87,13 +101,15 @@ def connect(tmp_path):
     judges = []
 
     def start(
-        server, model="m", threads=8, max_calls=0, rubric="none", judge_input="together", **options
-    ):
+        server, model="m", threads=8, max_calls=0, rubric="none", judge_input="together",
+        patience=0.0, **options,
+    ):  # fmt: skip
         settings = exprl.JudgeSettings(
             judge_model=model,
             judge_url=server if isinstance(server, str) else server.url,
             judge_threads=threads,
             max_judge_calls=max_calls,
+            judge_patience=patience,
             rubric=rubric,
             judge_input=judge_input,
             judge_options=options or {"temperature": 0, "max_tokens": 2048},
@@ -230,7 +246,7 @@ def test_tags_depend_on_the_completion_and_on_nothing_else(serve, connect):
     server = serve("no score")
     judge = connect(server, threads=1)
     verdicts(judge, "outcome", completion("one"), completion("two"))
-    verdicts(judge, "outcome", completion("one"))
+    verdicts(connect(server), "outcome", completion("one"))
     first, second, third = (server.requests[i]["messages"] for i in (0, 3, 6))
     assert first == third != second
     tags = [fenced(server.requests[i])[0][0] for i in (0, 3)]
@@ -621,14 +637,58 @@ def test_the_cache_knows_the_task(serve, connect):
     assert user(first) == user(second) and system(first) != system(second)
 
 
-@pytest.mark.parametrize("failure", ["no score", (500, {}), (200, "<html></html>")])
-def test_a_failed_verdict_is_not_kept(failure, serve, connect):
-    server = serve(failure)
+@pytest.mark.parametrize("failure", ["no score", (400, {})])
+def test_a_failed_verdict_is_kept_if_the_step_stands(failure, serve, connect):
+    """A resumed run then does what this one did, without a call. But not if the run stops for it:
+    when the judge has been mended, it is asked again."""
+    server = serve(lambda request: failure if "bad" in user(request) else "Score: 3")
     judge = connect(server)
-    assert verdicts(judge, "outcome", completion("text")) == [None]
+    group = [completion("bad"), completion("good")]
+    judge.submit(group, "outcome")
+    judge.wait(group)
+    asked = len(server.requests)
+    again = [completion("bad"), completion("good")]
+    assert verdicts(connect(server), "outcome", *again) == [None, [3]]
+    assert again[0].judge_words == group[0].judge_words and len(server.requests) == asked
+    judge = connect(server)
+    worse = [completion("bad 1"), completion("bad 2")]
+    judge.submit(worse, "outcome")
+    with pytest.raises(SystemExit, match="failed on most completions; --resume later"):
+        judge.wait(worse)
     server.answer = lambda request: "Score: 4"
-    assert verdicts(judge, "outcome", completion("text")) == [[4]]
-    assert verdicts(connect(server), "outcome", completion("text")) == [[4]]
+    assert verdicts(connect(server), "outcome", completion("bad 1")) == [[4]]
+
+
+def test_of_equal_calls_under_way_one_is_paid(serve, connect):
+    """Twins of a group, scored or not, and the checkpoints of their problem."""
+    reply = "Score: 4"
+
+    def answer(request):
+        time.sleep(0.1)
+        return CHECKPOINTS if wants_rubric(request) else reply
+
+    server = serve(answer)
+    for reply, score, calls in (("Score: 4", [4], 2), ("no score", None, 4)):
+        judge = connect(server, rubric="checkpoints", model=reply)
+        twins = [completion("a text") for _ in range(8)]
+        assert verdicts(judge, "outcome", *twins) == [score] * 8
+        assert judge.paid["judge_calls"] == len(server.requests) == calls
+        server.requests.clear()
+
+
+def test_checkpoints_may_be_asked_for_before_there_is_a_completion(serve, connect):
+    server = serve(lambda request: CHECKPOINTS if wants_rubric(request) else "Score: 4")
+    judge = connect(server, rubric="checkpoints")
+    judge.prepare([ROW, OTHER_ROW])
+    deadline = time.monotonic() + WAIT
+    while len(server.requests) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(map(wants_rubric, server.requests))
+    assert verdicts(judge, "outcome", completion("x"), completion("y")) == [[4]] * 2
+    assert len(server.requests) == 4
+    connect(server).prepare([ROW])  # without a rubric, nothing is asked
+    time.sleep(0.1)
+    assert len(server.requests) == 4
 
 
 def test_a_torn_last_line_costs_one_call(serve, connect):
@@ -675,9 +735,7 @@ def test_a_passing_fault_is_retried(status, serve, connect):
 @pytest.mark.parametrize(
     ("body", "requests"),
     [
-        ((500, {"error": {"message": "broken"}}), 2),  # asked again once
         (REFUSED, 1),
-        ((200, "<html>welcome</html>"), 3),
         ((200, {"id": "x", "object": "chat.completion", "choices": []}), 3),
         ((200, {"error": {"message": "overloaded"}}), 3),
         ("", 3),
@@ -701,28 +759,110 @@ def test_the_server_s_own_words_are_kept(body, serve, connect):
 
 
 def test_one_failure_leaves_the_others_their_verdicts(serve, connect):
-    server = serve(lambda request: (500, {}) if "bad" in user(request) else "Score: 3")
+    server = serve(lambda request: (400, {}) if "bad" in user(request) else "Score: 3")
     group = [completion(text) for text in ("fine", "bad", "good")]
     assert verdicts(connect(server), "outcome", *group) == [[3], None, [3]]
 
 
-def test_a_server_that_does_not_answer_in_time_gives_no_verdict(serve, connect, monkeypatch):
-    monkeypatch.setattr(exprl, "JUDGE_CLIENT", {"timeout": 0.2, "max_retries": 0})
-    over = threading.Event()
-    server = serve(lambda request: "Score: 4" if over.wait(5) else "")
-    judge = connect(server)
+BUSY = {"error": {"message": "busy"}}
+OUTAGES = {
+    "500": (500, BUSY),
+    "502, a page": (502, "<html>Bad gateway</html>"),
+    "503": (503, BUSY),
+    "429": (429, BUSY),
+    "408": (408, BUSY),
+    "a page, and 200": (200, "<html>welcome</html>"),
+    "broken JSON": ("broken", {}),
+    "a closed connection": ("closed", {}),
+    "no answer in time": ("late", {}),
+}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Short pauses, and no patience of the library."""
+    monkeypatch.setattr(judge_prompts, "JUDGE_CLIENT", {"timeout": 0.3, "max_retries": 0})
+    monkeypatch.setattr(judge_prompts, "FIRST_PAUSE", 0.01)
+
+
+@pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES)
+def test_an_outage_is_waited_for(outage, serve, connect, short, capsys):
+    server = serve(in_turn(*[outage] * 3, "Score: 4"))
+    judge = connect(server, patience=1)
+    assert verdicts(judge, "outcome", completion("text")) == [[4]]
+    assert len(server.requests) == 4
+    assert judge.paid["judge_calls"] == 1
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and "is out, waiting for 60 s at most" in told
+
+
+@pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES)
+def test_an_outage_is_no_verdict(outage, serve, connect, short):
+    server = serve(outage)
+    judge = connect(server, patience=0.012)
+    c = completion("text")
+    with pytest.raises(SystemExit, match=r"is out: .*--resume when it is back") as stopped:
+        verdicts(judge, "outcome", c)
+    assert "\n" not in str(stopped.value) and c.scores is None and len(server.requests) > 1
+    server.answer = lambda request: "Score: 4"
+    assert verdicts(connect(server), "outcome", completion("text")) == [[4]]
+
+
+def test_the_pauses_grow_up_to_a_longest(serve, connect, short, monkeypatch):
+    monkeypatch.setattr(judge_prompts, "LONGEST_PAUSE", 0.04)
+    pauses, judge = [], connect(serve(in_turn(*[(503, {})] * 5, "Score: 4")), patience=1)
+    monkeypatch.setattr(judge.closed, "wait", pauses.append)
+    assert verdicts(judge, "outcome", completion("text")) == [[4]]
+    assert pauses == [0.01, 0.02, 0.04, 0.04, 0.04]
+
+
+def test_what_the_judge_says_of_when_to_ask_again_is_obeyed(serve, connect, short, monkeypatch):
+    class Busy(Handler):
+        def end_headers(self):
+            self.send_header("Retry-After", self.server.after)
+            super().end_headers()
+
+    server = serve(in_turn((429, BUSY), "Score: 4"))
+    server.RequestHandlerClass, server.after = Busy, "40"
+    pauses, judge = [], connect(server, patience=1)
+    monkeypatch.setattr(judge.closed, "wait", pauses.append)
+    assert verdicts(judge, "outcome", completion("text")) == [[4]]
+    assert pauses == [40.0]
+    server.answer, server.after = lambda request: (429, BUSY), "90"  # longer than our patience
+    with pytest.raises(SystemExit, match="is out"):
+        verdicts(judge, "outcome", completion("other"))
+    assert pauses == [40.0]
+
+
+def test_no_pause_is_longer_than_the_run(serve, connect, short, monkeypatch):
+    monkeypatch.setattr(judge_prompts, "FIRST_PAUSE", 30.0)
+    judge = connect(serve((503, {})), patience=10)
+    [future] = judge.submit([completion("text")], "outcome")
+    while judge.told < 0:
+        time.sleep(0.01)
+    judge.close()
     started = time.monotonic()
-    assert verdicts(judge, "outcome", completion("text")) == [None]
-    assert time.monotonic() - started < 3
-    over.set()
-    assert "timed out" in judge.last_error
+    assert "not asked any more" in str(future.exception(WAIT))
+    assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_or_model_stops(status, serve, connect):
-    server = serve((status, {"error": {"message": "no such\nmodel or key"}}))
+STOPPING = {  # no later call would be answered either
+    "a wrong key": (401, {"error": {"message": "no such\nmodel or key"}}),
+    "no permission": (403, {"error": {"message": "no such\nmodel or key"}}),
+    "no such model": (404, {"error": {"message": "no such\nmodel or key"}}),
+    "no credit": (402, {"error": {"message": "no such\nmodel or key"}}),
+    "a quota that is used up": (
+        429,
+        {"error": {"message": "no such\nmodel or key", "code": "insufficient_quota"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("answer", STOPPING.values(), ids=STOPPING)
+def test_a_wrong_key_or_model_or_no_credit_stops(answer, serve, connect, short):
+    server = serve(answer)
     with pytest.raises(SystemExit, match=r"^exprl: the judge m at http.*no such model") as stopped:
-        verdicts(connect(server), "outcome", completion("text"))
+        verdicts(connect(server, patience=10), "outcome", completion("text"))
     assert "\n" not in str(stopped.value) and len(server.requests) == 1
 
 
@@ -815,11 +955,13 @@ def test_wait_stops_if_most_have_failed(serve, connect):
     server = serve(lambda request: "none" if "bad" in user(request) else "Score: 3")
     judge = connect(server)
     group = [completion(text) for text in ("good", "bad 1", "fine", "bad 2")]
-    judge.wait(group, judge.submit(group, "outcome"))
+    judge.submit(group, "outcome")
+    judge.wait(group)
     assert [c.scores for c in group] == [[3], None, [3], None]
     group = [completion(text) for text in ("good", "bad 1", "bad 2")]
+    judge.submit(group, "outcome")
     with pytest.raises(SystemExit, match="failed on most completions; --resume later"):
-        judge.wait(group, judge.submit(group, "outcome"))
+        judge.wait(group)
 
 
 def test_after_close_no_call_is_made(serve, connect):

@@ -332,6 +332,7 @@ def test_a_prompt_is_computed_once_and_nothing_changes(kind, tokenizer):
     )
     set_sampling(model, tokenizer, rows[0]["prompt_ids"], 0.8, 12)
     assert model.shares_prompts
+    model.generation_config.min_new_tokens = 12  # what has ended is another test's
     computed, results = [], []
     embeddings = model.get_input_embeddings()
     embeddings.register_forward_hook(lambda module, args, out: computed.append(args[0].numel()))
@@ -353,6 +354,51 @@ def test_a_prompt_is_computed_once_and_nothing_changes(kind, tokenizer):
     assert mine[0] == theirs[0]
     assert torch.allclose(mine[1], theirs[1], atol=1e-4)
     assert torch.allclose(mine[2], theirs[2], rtol=1e-3, atol=1e-3 * theirs[2].abs().max())
+
+
+def watch_sampling(model, tokenizer, rows):
+    """(ids of a completion of each row, (ids, after how many calls of generate) of each as it
+    ended, how many tokens were computed)."""
+    computed, calls, ended, generate = [], [], [], model.generate
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, args, out: computed.append(args[0].numel()))
+    model.generate = lambda *args, **how: calls.append(1) or generate(*args, **how)
+    groups = exprl.sample_groups(
+        model, tokenizer, rows, 1, len(rows), lambda c: ended.append((c.ids, len(calls)))
+    )
+    ids = [c.ids for [c] in groups]
+    del model.generate
+    hook.remove()
+    return ids, ended, sum(computed)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "mistral", "gpt2"])
+def test_what_has_ended_leaves_the_batch_and_the_others_go_on(kind, tokenizer):
+    """Greedily: each completion is what it is alone, though others have left before its end."""
+    model = small(kind, len(tokenizer))
+    starts = ("29a*3", "41a+7b+7c*3d", "1a+7b*3", "7a*3b*3", "96a+7", "50a*3b+7c*3", "3a+7", "8a*3")
+    rows = with_prompts([{"question": q, "answer": "", "reference": ""} for q in starts], tokenizer)
+    set_sampling(model, tokenizer, rows[0]["prompt_ids"], 1.0, 24)
+    model.generation_config.do_sample = False
+
+    def cut(eos):
+        return [ids[: [*ids, eos].index(eos) + 1] for ids in free]
+
+    model.generation_config.eos_token_id = [len(tokenizer)]  # none: to see what could be the end
+    free = [watch_sampling(model, tokenizer, [row])[0][0] for row in rows]
+    eos = max(range(len(tokenizer)), key=lambda eos: len({len(ids) for ids in cut(eos)}))
+    model.generation_config.eos_token_id, alone = [eos], cut(eos)
+    model.generation_config.pad_token_id = eos
+    lengths = sorted(map(len, alone))
+    assert lengths[1] < lengths[-2] and lengths[-1] > 8, lengths
+    model.shares_prompts = False
+    _, _, plain = watch_sampling(model, tokenizer, rows)
+    model.shares_prompts = True
+    together, ended, shared = watch_sampling(model, tokenizer, rows)
+    assert together == alone and sorted(ids for ids, _ in ended) == sorted(alone)
+    assert ended[0][1] == 1 < ended[-1][1]  # a short one came before `generate` went on
+    assert len(ended[0][0]) < len(ended[-1][0])
+    assert shared < 0.95 * plain
 
 
 def test_a_cache_that_cannot_be_repeated_is_found_out(model, tokenizer, monkeypatch):
@@ -405,8 +451,8 @@ def test_dropout_is_off(tiny, tmp_path):
     c = exprl.Completion({"prompt_ids": [5, 6]}, [7, 8], "", None, False, [(0, 2)], [""])
     c.rewards, c.advantages = [1.0], [1.0]
     settings = exprl.TrainSettings(model="", updates_per_batch=2)
-    exprl.update(model, None, torch.optim.SGD(model.parameters(), 0.1), [c], settings)
-    assert len(seen) == 3 and not any(seen)
+    exprl.update(model, torch.optim.SGD(model.parameters(), 0.1), [c], settings)
+    assert len(seen) == 2 and not any(seen)
 
 
 def test_a_log_survives_a_torn_line_and_is_replaced_whole(tmp_path):

@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import Future
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -59,7 +59,9 @@ def update(model, completions, reference=None, loss_of=exprl.grpo_loss, **change
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     args = SimpleNamespace(**SETTINGS | changes)
-    metrics = exprl.update(model, reference, optimizer, completions, args, loss_of)
+    if reference:
+        exprl.fill_reference(reference, completions, args)
+    metrics = exprl.update(model, optimizer, completions, args, loss_of)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
 
 
@@ -109,7 +111,7 @@ def test_a_good_step_becomes_likelier_and_a_bad_one_less_likely(model):
 
     after = copy.deepcopy(model)
     args = SimpleNamespace(**SETTINGS)
-    exprl.update(after, None, torch.optim.SGD(after.parameters(), 0.1), [c], args)
+    exprl.update(after, torch.optim.SGD(after.parameters(), 0.1), [c], args)
     change = logp(after) - logp(model)
     assert change[:5].sum() < 0 < change[5:].sum()
 
@@ -131,7 +133,7 @@ def test_the_kl_pulls_towards_the_reference(model):
     moved = copy.deepcopy(model)
     optimizer = torch.optim.SGD(moved.parameters(), 0.3)
     args = SimpleNamespace(**SETTINGS | {"kl": 1.0, "updates_per_batch": 5})
-    after = exprl.update(moved, reference, optimizer, completions, args)["kl"]
+    after = exprl.update(moved, optimizer, completions, args)["kl"]
     assert 0 < after < 0.95 * before
 
 
@@ -189,7 +191,7 @@ def test_completions_of_a_prompt_stay_together(model):
                    enumerate((4, 5, 6, 7, 8, 9))]  # fmt: skip
     model.shares_prompts = True
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    _, rows = computed_rows(model, None, optimizer, completions, micro_batch=3)
+    _, rows = computed_rows(model, optimizer, completions, micro_batch=3)
     assert rows == 2 * (1 + 3)
 
 
@@ -207,16 +209,14 @@ def test_the_initial_model_is_set_up_as_the_policy_is(train, tmp_path, monkeypat
 
 
 def test_without_a_kl_a_completion_without_advantage_is_not_computed(model):
-    completions, reference = groups(), copy.deepcopy(model)
+    completions = groups()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    metrics, rows = computed_rows(model, None, optimizer, completions)
+    metrics, rows = computed_rows(model, optimizer, completions)
     assert rows == 3 and metrics["ratio"] == pytest.approx(1, abs=1e-6)
-    assert computed_rows(model, reference, optimizer, completions, kl=0.1)[1] == 6
-    torch.manual_seed(2)
-    other = LlamaForCausalLM(model.config).eval().requires_grad_(False)
+    assert computed_rows(model, optimizer, completions, kl=1e-30)[1] == 6
     skipped, _ = update(model, completions)
-    # a KL of weight 0 is a reference to compute all for, and changes no gradient
-    assert torch.allclose(skipped, update(model, completions, other, kl=0.0)[0], atol=1e-6)
+    # all are computed for a KL, and one of hardly any weight changes no gradient
+    assert torch.allclose(skipped, update(model, completions, kl=1e-30)[0], atol=1e-6)
 
 
 def test_a_batch_without_any_advantage_changes_what_it_changed(model):
@@ -224,12 +224,12 @@ def test_a_batch_without_any_advantage_changes_what_it_changed(model):
     completions = groups()
     silent = [make_completion(6, 3, [0.5, 0.5], seed=i) for i in range(4)]
     weights = []
-    for initial in (None, copy.deepcopy(model)):
+    for kl in (0.0, 1e-30):
         trained = copy.deepcopy(model)
         optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01)
         for part in (completions, silent):
-            metrics, rows = computed_rows(trained, initial, optimizer, part)
-        assert metrics["grad_norm"] == 0 and rows == (1 if initial is None else 4)
+            metrics, rows = computed_rows(trained, optimizer, part, kl=kl)
+        assert metrics["grad_norm"] == 0 and rows == (4 if kl else 1)
         weights.append(torch.cat([p.detach().flatten() for p in trained.parameters()]))
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
 
@@ -303,6 +303,7 @@ def test_a_run_writes_what_it_promises(train, tmp_path, judge, capsys):
         "grad_norm",
         "length",
         "seconds_sample",
+        "seconds_reference",
         "seconds_judge",
         "seconds_update",
     ):
@@ -542,40 +543,63 @@ def test_torn_weights_get_a_line(train, tmp_path, tiny):
 
 
 def test_a_judge_that_fails_stops_the_run_and_nothing_is_lost(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(exprl.JUDGE_CLIENT, "max_retries", 0)
+    monkeypatch.setitem(judge_prompts.JUDGE_CLIENT, "max_retries", 0)
     good = toy_world.reply_to
     dead = toy_world.ChatServer(lambda request: (500, {"error": {"message": "no memory left"}}))
-    with pytest.raises(
-        SystemExit, match=r"failed on .* completions.*--resume.*no memory left"
-    ) as stopped:
-        train(tmp_path / "a" / "run", "--judge-url", dead.url)
+    with pytest.raises(SystemExit, match=r"is out.*no memory left.*--resume") as stopped:
+        train(tmp_path / "a" / "run", "--judge-url", dead.url, "--judge-patience", "0")
     assert "\n" not in str(stopped.value)
     assert steps_of(tmp_path / "a" / "run") == []
     resumed = train(tmp_path / "a" / "run", "--resume")
     assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run"))
     half = iter(range(10**6))  # a third of the verdicts fail: those completions are left out
-    lame = toy_world.ChatServer(lambda r: good(r["messages"]) if next(half) % 3 else (500, {}))
+    lame = toy_world.ChatServer(lambda r: good(r["messages"]) if next(half) % 3 else (400, {}))
     run = train(tmp_path / "c" / "run", "--judge-url", lame.url, "--rubric", "none")
     assert 0 < steps_of(run)[0]["judge_failed"] <= 0.5
     assert any(r["rewards"] is None and r["advantages"] == [] for r in read(run / "rollouts.jsonl"))
 
 
-def test_a_group_is_judged_while_the_next_is_sampled(train, tmp_path, judge, monkeypatch):
-    sample_groups, asked = exprl.sample_groups, []
+def test_the_judge_is_asked_before_and_while_completions_are_sampled(
+    train, tmp_path, judge, monkeypatch
+):
+    """For checkpoints before there is any, and for a verdict while others of a batch go on."""
+    sample_completions, seen = exprl.sample_completions, []
+    before = len(judge.requests)
+
+    def wait_for(n):
+        deadline = time.monotonic() + 20
+        while len(judge.requests) - before < n and time.monotonic() < deadline:
+            time.sleep(0.02)
+        seen.append(len(judge.requests) - before)
 
     def patient(*args):
-        for group in sample_groups(*args):
-            if len(asked) == 2:  # the second group is with the judge, the third is just sampled
-                deadline = time.monotonic() + 20
-                while len(judge.requests) == asked[-1] and time.monotonic() < deadline:
-                    time.sleep(0.02)
-            asked.append(len(judge.requests))
-            yield group
+        wait_for(2)  # the checkpoints of two problems
+        for i, ended in enumerate(sample_completions(*args)):
+            yield ended
+            if i == 0:
+                wait_for(3)
 
-    sample_with(monkeypatch, patient)
-    flags = ["--steps", "1", "--prompts-per-step", "3", "--sample-batch", "4"]
-    train(tmp_path / "run", *flags)
-    assert len(asked) == 3 and asked[0] < asked[1] < asked[2]
+    monkeypatch.setattr(exprl, "sample_completions", patient)
+    train(tmp_path / "run", "--steps", "1", "--sample-batch", "8", "--temperature", "1.01")
+    assert seen == [2, 3]
+    assert len(judge.requests) - before > 3
+
+
+def test_the_initial_model_is_read_while_the_judge_is(train, tmp_path, judge, monkeypatch):
+    """With a verdict outstanding, which comes when the log-probs are there."""
+    go_on, fill = threading.Event(), exprl.fill_reference
+    slow = toy_world.ChatServer(
+        lambda request: (go_on.wait(20) and toy_world.answer(request)) or "nothing"
+    )
+
+    def fill_and_go_on(initial, completions, settings):
+        assert all(c.scores is None for c in completions)
+        fill(initial, completions, settings)
+        go_on.set()
+
+    monkeypatch.setattr(exprl, "fill_reference", fill_and_go_on)
+    [metrics] = steps_of(train(tmp_path / "run", "--steps", "1", "--judge-url", slow.url))
+    assert metrics["judge_failed"] == 0 and metrics["kl"] >= 0
 
 
 def test_max_judge_calls_stops_and_resumes(train, tmp_path, judge):
@@ -793,18 +817,19 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(train, tmp_pat
 
 def test_a_failed_rubric_is_no_verdict():
     """Without checkpoints there is nothing to judge by: the completion is out, not scored 1."""
-    rubric = Future()
-    rubric.set_result((None, "no list"))
     c = make_completion(8, 2, None, seed=0)
     c.text = "### some step"
-    judge = SimpleNamespace(ask=lambda *_: pytest.fail("a call was made"))
-    exprl.Judge.judge(judge, c, "together", rubric)
+    judge = SimpleNamespace(
+        ask_rubric=lambda row: (None, "no list"), ask=lambda *_: pytest.fail("a call was made")
+    )
+    exprl.Judge.judge(judge, c, "together")
     assert c.scores is None and c.judge_words == ["no list"]
 
 
 def test_every_flag_is_read():
     """No dead flags: each is used by the code as settings.NAME."""
-    source = (TESTS.parent / "exprl.py").read_text()
+    files = ("exprl.py", "judge_prompts.py")
+    source = "".join((TESTS.parent / name).read_text() for name in files)
     for kind in (exprl.TrainSettings, exprl.EvalSettings):
         for field in fields(kind):
             assert f"settings.{field.name}" in source, field.name

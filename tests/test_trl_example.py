@@ -40,10 +40,8 @@ def sampled(settings) -> tuple:
     for ids, mask, c in prompts:
         assert ids[mask.bool()].tolist() == c.row["prompt_ids"]  # what exprl.py would ask
     judge = exprl.Judge(settings, Path(settings.out) / "again")
-    verdicts = []
-    for group in exprl.chunks(completions, settings.group_size):
-        verdicts += judge.submit(group, scaffold.kind)
-    judge.wait(completions, verdicts)
+    judge.submit(completions, scaffold.kind)
+    judge.wait(completions)
     exprl.fill_advantages(completions, settings)
     return output, completions
 

@@ -54,10 +54,9 @@ class Scaffold:
             exprl.read_completion(self.rows[i], ids, self.tokenizer, self.eos_ids)
             for i, ids in zip(row, completion_ids, strict=True)
         ]
-        verdicts = []
-        for group in exprl.chunks(read, self.settings.group_size):
-            verdicts += self.judge.submit(group, self.kind)
-        self.judge.wait(read, verdicts)
+        self.judge.prepare([c.row for c in read[:: self.settings.group_size]])
+        self.judge.submit(read, self.kind)
+        self.judge.wait(read)
         exprl.fill_advantages(read, self.settings)
         self.completions = read
         return [None if c.rewards is None else sum(c.rewards) / len(c.rewards) for c in read]
@@ -68,10 +67,7 @@ class ProcessTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        completions = self.reward_funcs[0].completions
-        for c in completions:
-            c.advantages = c.advantages or [0.0] * len(c.steps)  # the judgement failed
-        batch = exprl.collate(completions, self.model)
+        batch = exprl.collate(self.reward_funcs[0].completions, self.model)
         width = output["completion_ids"].shape[1] - batch["advantages"].shape[1]
         output["advantages"] = torch.nn.functional.pad(batch["advantages"], (0, width))
         return output
