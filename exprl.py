@@ -205,7 +205,7 @@ def is_correct(completion: str, answer: str) -> bool:
     r"""The sparse reward, and accuracy in every log: of the last \boxed{}, else the last number."""
     numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", completion)  # 8-3: 8, 3
     candidate = last_boxed(completion) or (numbers[-1] if numbers else "")
-    return bool(candidate) and verify(parse(f"${answer}$"), parse(f"${candidate}$"))
+    return 0 < len(candidate) < 1000 and verify(parse(f"${answer}$"), parse(f"${candidate}$"))
 
 
 # ---- Policy: loading, prompts, sampling ----------------------------------------------------------
@@ -777,7 +777,8 @@ def set_up(settings: TrainSettings, rows: list[dict]) -> tuple:
     initial = load_model(source).requires_grad_(False) if settings.kl else None
     for loaded in filter(None, (model, initial)):
         set_sampling(loaded, tokenizer, rows[0]["prompt_ids"], settings)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    adamw = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
     run.start(settings, model, optimizer, judge.paid if judge else {})
     return run, judge, tokenizer, model, initial, optimizer
 

@@ -1,11 +1,12 @@
-r"""The prompts of `exprl.py`: what policy, teacher and judge are told.
+r"""The prompts of `exprl.py`: what policy, teacher and judge are told; and how a judge is asked.
 
 A judge call is two messages. The system message is the same for every completion of a domain, for
 each kind of call: the task (SYSTEM), what to compare with and what counts as right (BASIS), and the
 scale. The user message is made of the parts of USER: problem, hidden reference,
 its checkpoints, and last the policy's text, between tags that carry a hash of that text, so that
 the policy cannot close them. The kind "quotes" has no scale: the judge copies words of the attempt,
-and find_checkpoints and step_scores, at the end of this file, make the scores.
+and find_checkpoints and step_scores make the scores. The last part of this file, JudgeAPI, is how
+the messages travel: key, calls, outages; exprl.Judge says what is asked of whom.
 
 To add a domain, add its five texts to DOMAINS. They fill the $fields when this file is loaded:
 

@@ -102,7 +102,9 @@ def distill_loss(model, batch: dict, n_tokens: int, settings) -> tuple[Tensor, d
     """A micro-batch's share of the reverse KL. No clipping, no penalty."""
     with torch.no_grad():
         inputs = exprl.collate(batch["completions"], model, "teacher_prompt_ids")["inputs"]
-        teacher_logits = exprl.completion_logits(load_teacher(settings.model), *inputs)
+        teacher = load_teacher(settings.model)
+        teacher.shares_prompts = getattr(model, "shares_prompts", False)  # of the same kind
+        teacher_logits = exprl.completion_logits(teacher, *inputs)
     student_logits = exprl.completion_logits(model, *batch["inputs"])
     kl = reverse_kl(student_logits, teacher_logits, settings.temperature)
     total = torch.where(batch["mask"], kl, 0.0).sum()

@@ -11,6 +11,8 @@ step cannot do without: each prompt once, and its completions (forward once more
 Memory is the peak of the process (on CUDA that of the device), weights and AdamW's state included.
 --grow doubles length, group and, of the random model, vocabulary: what grows how fast?
 --judge trains with a judge that takes 0, 0.5 and 2 seconds a call: how much of that is waited for?
+--judge-prompts DATA counts the tokens of judge calls instead, in --model's tokens: for each kind of
+call, and how many of them are the same for all completions of a problem, from the start on.
 """
 
 import contextlib
@@ -36,6 +38,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from toy_world import ChatServer  # noqa: E402
 
 import exprl  # noqa: E402
+import judge_prompts  # noqa: E402
 from exprl import setting  # noqa: E402
 
 
@@ -56,6 +59,7 @@ class BenchmarkSettings:
     repeats: int = setting("processes of each system", 3, at_least=1)
     grow: bool = setting("then double length, group and vocabulary, one at a time", False)
     judge: bool = setting("instead, exprl.py with a judge of 0, 0.5 and 2 s a call", False)
+    judge_prompts: str = setting("instead, count the tokens of judge calls on this data", "")
     system: str = setting("one only, in this process", "", "exprl", "trl", "limit")
 
 
@@ -118,7 +122,7 @@ def run_exprl(settings: BenchmarkSettings, source: str, tokenizer, texts: list[s
     for loaded in filter(None, (model, initial)):
         exprl.set_sampling(loaded, tokenizer, rows[0]["prompt_ids"], own)
     model.generation_config.min_new_tokens = settings.length
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     clock, draw = Clock(), np.random.default_rng(0)
     for _ in range(settings.steps + 1):
         start = time.monotonic()
@@ -186,7 +190,7 @@ def run_limit(settings: BenchmarkSettings, source: str, tokenizer, texts: list[s
     """A bare `generate`, and bare passes over the tokens that a step cannot do without."""
     model = exprl.load_model(source)
     initial = exprl.load_model(source).requires_grad_(False) if settings.kl else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     prompts = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
     prompts = {name: prompts[name].to(model.device) for name in ("input_ids", "attention_mask")}
     exact = {"max_new_tokens": settings.length, "min_new_tokens": settings.length}
@@ -216,7 +220,7 @@ def in_a_process(settings: BenchmarkSettings, system: str, **changes) -> dict[st
     """What a system takes, in a fresh process. Stops with its last words if it fails."""
     command = [sys.executable, str(Path(__file__).resolve())]
     for name, value in (vars(settings) | changes | {"system": system}).items():
-        if name not in ("grow", "judge"):
+        if name not in ("grow", "judge", "judge_prompts"):
             command += ["--" + name.replace("_", "-"), str(value)]
     env = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
     try:
@@ -236,6 +240,9 @@ def benchmark(settings: BenchmarkSettings) -> None:
     """Time and memory of a training step: exprl.py, TRL, and a lower limit."""
     if settings.prompts * settings.group % settings.micro_batch:
         exprl.stop("--micro-batch has to divide --prompts times --group")
+    if settings.judge_prompts:
+        count_judge_tokens(settings)
+        return
     if settings.system:
         source, tokenizer = exprl.find_model(settings.model)
         texts = make_prompts(tokenizer, settings.prompts, settings.prompt_length)
@@ -331,6 +338,53 @@ def print_waiting(settings: BenchmarkSettings, folder: str) -> None:
         table[f"{seconds} s a call"] = row
     print(f"a step of {settings.prompts} x {settings.group} x {settings.length} tokens at most")
     print(f"medians and ranges of {len(steps)} steps\n{DataFrame(table).T.to_string()}")
+
+
+def common_start(first: list[int], second: list[int]) -> int:
+    """How many tokens are the same from the start on."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def count_judge_tokens(settings: BenchmarkSettings) -> None:
+    """Prompt tokens of judge calls for a completion as long as the reference, of as many steps as
+    it has lines; its lines stand for the checkpoints too."""
+    _, tokenizer = exprl.find_model(settings.model or "SmolLM2-135M-Instruct")
+    rows = exprl.load_rows(settings.judge_prompts, "train", 200, ("question", "reference"))
+    table = {}
+    for kind in ("outcome", "together", "prefix", "alone", "quotes"):
+        calls, tokens, same = [], [], []
+        for row in rows:
+            lines = row["reference"].strip().split("\n")
+            own, others = ([f"### {n}{line}\n" for line in lines] for n in ("A: ", "B: "))
+            prompts = [prompts_of(tokenizer, kind, row, lines, steps) for steps in (own, others)]
+            calls.append(len(prompts[0]))
+            tokens.append(sum(map(len, prompts[0])))
+            same.append(sum(map(common_start, *prompts)))
+        table[kind] = {
+            "calls": np.mean(calls),
+            "tokens": np.mean(tokens),
+            "tokens a call": sum(tokens) / sum(calls),
+            "the same": sum(same) / sum(calls),
+            "the same, %": 100 * sum(same) / sum(tokens),
+        }
+    print(f"means over {len(rows)} problems: for a completion, and for a call")
+    print(DataFrame(table).T.round(1).to_string())
+
+
+def prompts_of(tokenizer, kind: str, row: dict, checkpoints: list, steps: list) -> list[list[int]]:
+    """The token ids of the calls that judge a completion of these steps."""
+    text, made = "".join(steps), []
+    for texts in judge_prompts.judge_inputs(kind, text, steps):
+        if kind == "quotes":
+            messages = judge_prompts.quote_messages(row, checkpoints, text)
+        else:
+            rubric = "\n".join(f"- {point}" for point in checkpoints)
+            fenced = judge_prompts.fence(texts)
+            messages = judge_prompts.judge_messages(kind, row, rubric, fenced)
+        whole = "\n".join(f"{m['role']}\n{m['content']}" for m in messages)
+        made.append(tokenizer(whole, add_special_tokens=False).input_ids)
+    return made
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def test_distill_is_the_reverse_kl_to_a_teacher_with_another_prompt(
     torch.manual_seed(1)
     teacher = LlamaForCausalLM(model.config).eval()  # one that could be trained, by mistake
     monkeypatch.setattr(baselines, "load_teacher", lambda name: teacher)
+    model.shares_prompts = updates == 2  # and then the teacher does too
     completions = baseline_batch(TEACHER_PROMPTS)
 
     def loss_of(model):
@@ -91,6 +92,7 @@ def test_distill_is_the_reverse_kl_to_a_teacher_with_another_prompt(
     assert (expected - start).norm() > 1e-3
     torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
     assert metrics["teacher_kl"] == pytest.approx(loss, abs=1e-6) and loss > 1e-3
+    assert teacher.shares_prompts == model.shares_prompts
     assert all(p.grad is None for p in teacher.parameters())
 
 

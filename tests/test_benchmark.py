@@ -47,6 +47,35 @@ def test_table_ratios_and_exponents(monkeypatch, capsys):
     assert "vocabulary 64 -> 128" in lines
 
 
+def test_a_judge_s_time_is_reported_by_phase(monkeypatch, capsys):
+    """Two steps with each judge; the first step of a run is not counted."""
+    settings = benchmark.BenchmarkSettings(judge=True, repeats=1, **TINY | {"steps": 2})
+    benchmark.benchmark(settings)
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "medians and ranges of 2 steps" in lines
+    assert lines["0 s a call"].endswith("1.00")
+    waited = {
+        name: float(lines[name].split("]")[2].split()[0]) for name in ("0 s a call", "2 s a call")
+    }
+    assert waited["0 s a call"] < 0.5 < 1.0 < waited["2 s a call"] < 2.5  # one round of calls
+
+
+def test_what_judge_calls_share_is_counted_from_the_start(tmp_path, capsys):
+    assert benchmark.common_start([1, 2, 3, 4], [1, 2, 5, 4]) == 2
+    assert benchmark.common_start([1, 2], [1, 2, 3]) == 2
+    model = benchmark.random_model(str(tmp_path / "model"), 64)
+    rows = [{"question": "w1 w2", "reference": "w3\nw4\nw5"}, {"question": "w7", "reference": "w3"}]
+    exprl.write_log(tmp_path / "data.jsonl", rows, "w")
+    data = str(tmp_path / "data.jsonl")
+    benchmark.benchmark(benchmark.BenchmarkSettings(model=model, judge_prompts=data))
+    lines = {line.split(" ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["together"][1] == "1.0" and lines["prefix"][1] == lines["alone"][1] == "2.0"
+    for name in ("outcome", "together", "prefix", "alone", "quotes"):
+        calls, tokens, a_call, same, share = map(float, lines[name][1:])
+        assert tokens == pytest.approx(calls * a_call, rel=0.01)
+        assert share == pytest.approx(100 * same / a_call, abs=0.5) and 80 < share < 100
+
+
 def test_bad_input_and_a_system_that_fails_say_so(tmp_path):
     with pytest.raises(SystemExit, match="--micro-batch has to divide"):
         benchmark.benchmark(benchmark.BenchmarkSettings(**TINY | {"micro_batch": 3}))
