@@ -29,6 +29,7 @@ import hashlib
 import json
 import math
 import re
+import signal
 import sys
 import threading
 import time
@@ -41,10 +42,10 @@ import numpy as np
 import regex
 import torch
 from datasets import load_dataset
+from filelock import FileLock
 from math_verify import parse, verify
 from pandas import DataFrame
 from torch import Tensor
-from torch.nn.functional import pad as pad_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
@@ -52,7 +53,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 import judge_prompts
-from judge_prompts import JudgeAPI, judge_messages, policy_prompt, stop
+from judge_prompts import JudgeAPI, judge_calls, judge_messages, policy_prompt, stop
 
 
 # ---- Settings: each field is a flag; "paper:" gives the paper's value, where it has one ----------
@@ -170,7 +171,8 @@ def normalise_row(record: dict, needed: tuple[str, ...]) -> dict[str, str]:
     row = {}
     for name, columns in COLUMNS.items():
         values = [record[c] for c in columns if isinstance(record.get(c), (str, int, float))]
-        row[name] = str(values[0]).strip() if values else ""
+        text = str(values[0]).strip() if values else ""
+        row[name] = text.encode(errors="replace").decode()  # half a character becomes a ?
     solution, _, answer = row["answer"].rpartition("####")
     row["reference"] = row["reference"] or re.sub(r"<<.*?>>", "", solution).strip()
     row["answer"] = answer.strip() or last_boxed(row["reference"])
@@ -231,6 +233,8 @@ def load_model(source: str):
         stop(f"the model {source} cannot be loaded: {error}")
     if device.type == "cuda" and torch.cuda.is_bf16_supported(False):  # else: emulated
         model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        stop(f"the model {source} has weights that are no numbers: take an earlier one")
     print(f"model: {source}, {model.num_parameters() / 1e6:.4g}M float32 parameters on {device}")
     return model.to(device).eval()
 
@@ -241,9 +245,7 @@ def set_sampling(model, tokenizer, prompt_ids: list[int], settings: SamplingSett
     checkpoint brings top_k, top_p, penalties (Qwen2.5: 20, .8, 1.1), the library a top_k of 50:
     they are set to do nothing. That is tried on a prompt, and whether read_prompts works: not every
     cache can be repeated."""
-    eos_ids = judge_prompts.end_tokens(tokenizer, model.generation_config.eos_token_id)
-    if not eos_ids:
-        stop("the model has no end-of-sequence token")
+    eos_ids = judge_prompts.end_tokens(tokenizer, model)
     neutral = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
     ends = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": eos_ids}
     model.generation_config = GenerationConfig(pad_token_id=eos_ids[0], **ends, **neutral)
@@ -316,8 +318,7 @@ def sample_completions(model, prompt_ids: list[list[int]]) -> Iterator[tuple[int
     part of the cache: what has ended costs no more. The plain way: all at the end."""
     tokens, mask = pad(prompt_ids, model.device)  # (B, P)
     start, end = tokens.shape[1], tokens.shape[1] + model.generation_config.max_new_tokens
-    eos_ids = model.generation_config.eos_token_id
-    eos = torch.tensor(eos_ids, device=model.device)
+    eos = torch.tensor(model.generation_config.eos_token_id, device=model.device)
 
     def quarter_has_ended(tokens: Tensor, *_) -> Tensor:  # (B, P + t) -> (B,), all the same
         return (torch.isin(tokens[:, -1], eos).float().mean() >= 1 / 4).expand(len(tokens))
@@ -331,11 +332,11 @@ def sample_completions(model, prompt_ids: list[list[int]]) -> Iterator[tuple[int
         tokens = model.generate(tokens, attention_mask=mask, max_new_tokens=n_left, **how)
         has_ended = torch.isin(tokens[:, -1], eos) | (tokens.shape[1] == end)
         ended = tokens[has_ended, start:]
-        keep = completion_mask(ended, set(eos_ids))
+        keep = completion_mask(ended, set(eos.tolist()))
         for place, ids, is_kept in zip(places[has_ended], ended, keep, strict=True):
             yield int(place), ids[is_kept].tolist()
+        mask = torch.cat([mask, torch.ones_like(tokens[:, mask.shape[1] :])], dim=1)
         places, tokens, mask = places[~has_ended], tokens[~has_ended], mask[~has_ended]
-        mask = pad_right(mask, (0, tokens.shape[1] - mask.shape[1]), value=1)
         if len(tokens):
             cache.batch_select_indices((~has_ended).nonzero()[:, 0])
 
@@ -413,16 +414,10 @@ class Judge(JudgeAPI):
         self.verdicts = []  # on their way
         self.unscored = []  # replies without a score, for the cache if the step stands
 
-    def prepare(self, rows: list[dict]) -> None:
-        """Have the problems' checkpoints written, so that no completion will wait for them."""
-        for row in rows:
-            self.pool.submit(self.ask_rubric, row)
-
-    def submit(self, completions: list[Completion], kind: str) -> list[Future]:
-        """Hand completions to the threads."""
-        verdicts = [self.pool.submit(self.judge, c, kind) for c in completions]
-        self.verdicts += verdicts
-        return verdicts
+    def submit(self, c: Completion, kind: str) -> Future:
+        """Hand a completion to the threads."""
+        self.verdicts.append(self.pool.submit(self.judge, c, kind))
+        return self.verdicts[-1]
 
     def wait(self, completions: list[Completion]) -> None:
         """Until all have their scores or have failed. Stops if most of these have failed."""
@@ -448,19 +443,17 @@ class Judge(JudgeAPI):
             return
         c.rubric, scores = checkpoints, []
         labels = [f"Step {t + 1}" for t in range(len(steps))] if kind == "together" else ["Score"]
-        points = judge_prompts.list_checkpoints(checkpoints or c.row["reference"])
+        points = None
+        if self.settings.judge_input == "quotes":
+            points = judge_prompts.list_checkpoints(checkpoints or c.row["reference"])
 
         def parse(reply: str) -> list[float] | None:
-            if self.settings.judge_input == "quotes":
+            if points:
                 return judge_prompts.quote_scores(reply, points, c.step_texts, kind == "outcome")
             scores = [parse_score(reply, label) for label in labels]
             return None if None in scores else scores
 
-        for texts in judge_prompts.judge_inputs(kind, c.text, c.step_texts):
-            if self.settings.judge_input == "quotes":
-                messages = judge_prompts.quote_messages(c.row, points, c.text)
-            else:
-                messages = judge_messages(kind, c.row, checkpoints, judge_prompts.fence(texts))
+        for messages in judge_calls(kind, c.row, checkpoints, c.text, c.step_texts, points):
             new, reply = self.ask(messages, parse)
             c.judge_words.append(reply)
             if new is None:
@@ -701,17 +694,24 @@ class Run:
         self.out = Path(settings.out or f"runs/{name}-{settings.method}")
         self.out.mkdir(parents=True, exist_ok=True)
         self.checkpoint = self.out / "checkpoint.pt"
-        self.state = {"step": 0}
-        if (self.out / "settings.json").exists() or self.checkpoint.exists():
-            if not settings.resume:
-                stop(f"{self.out} holds a run: add --resume to go on with it, or another --out")
-            before = json.loads((self.out / "settings.json").read_text())
-            for name, value in vars(settings).items():
-                if name not in self.MAY_CHANGE.split() and before.get(name, value) != value:
-                    stop(f"{self.out} was started with {name} {before[name]}, not {value}")
+        self.state, before = {"step": 0}, {}
+        self.lock = FileLock(self.out / ".lock", timeout=0, is_singleton=True)
+        try:
+            self.lock.acquire()
+            if (self.out / "settings.json").exists():
+                before = json.loads((self.out / "settings.json").read_text("utf-8"))
             if self.checkpoint.exists():
                 self.state = torch.load(self.checkpoint, map_location="cpu")
-        self.step = self.saved = self.state["step"]
+            self.step = self.saved = self.state["step"]
+        except Exception as error:
+            stop(
+                f"{self.out} is in use by another process, or damaged; take another --out: {error}"
+            )
+        if (before or self.step) and not settings.resume:
+            stop(f"{self.out} holds a run: add --resume to go on with it, or another --out")
+        for name, value in vars(settings).items():
+            if name not in self.MAY_CHANGE.split() and before.get(name, value) != value:
+                stop(f"{self.out} was started with {name} {before[name]}, not {value}")
         for path in (self.out / "metrics.jsonl", self.out / "rollouts.jsonl"):
             path.touch()  # and forget what came after the checkpoint
             write_log(path, [r for r in read_log(path) if r["step"] <= self.step], "w")
@@ -790,8 +790,7 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
     run, judge, tokenizer, model, initial, optimizer = set_up(settings, rows)
     n_prompts, group_size = settings.prompts_per_step, settings.group_size
     kind = settings.judge_input if settings.method == "process" else settings.method
-    sizes = (group_size, settings.sample_batch)
-    ended = (lambda c: judge.submit([c], kind)) if judge else None  # while others are sampled
+    ended = functools.partial(judge.submit, kind=kind) if judge else None
     steps = range(run.step + 1, settings.steps + 1)
     print(f"run: {run.out}, {settings.method}, {len(rows)} problems, {run.step} steps done")
     if judge:
@@ -804,10 +803,10 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
             rng = np.random.default_rng([settings.seed, step])
             problems = [rows[i] for i in rng.choice(len(rows), n_prompts, replace=False)]
             clock = [time.monotonic()]
-            if judge:
-                judge.prepare(problems)
-            groups = sample(model, tokenizer, problems, *sizes, ended)  # 1. sample
-            completions = [c for group in groups for c in group]
+            for row in problems if judge else []:  # so that no completion will wait for it
+                judge.pool.submit(judge.ask_rubric, row)
+            groups = sample(model, tokenizer, problems, group_size, settings.sample_batch, ended)
+            completions = [c for group in groups for c in group]  # 1. sample
             clock.append(time.monotonic())
             if initial:  # while the judge reads
                 fill_reference(initial, completions, settings)
@@ -924,6 +923,7 @@ def read_flags(settings_class: type, argv: list[str], description: str):
 def run_command(command: Callable, settings_class: type, argv: list[str], about: str) -> None:
     """Call it with its settings; what goes wrong outside of this file ends it with one line."""
     logging.disable_progress_bar()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a checkpoint, then out
     try:
         command(read_flags(settings_class, argv, about))
     except KeyboardInterrupt:

@@ -62,15 +62,21 @@ def policy_prompt(tokenizer, question: str, instruction: str = POLICY) -> list[i
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written the BOS
 
 
-def end_tokens(tokenizer, configured: int | list[int] | None) -> list[int]:
+def end_tokens(tokenizer, model) -> list[int]:
     """What ends a completion, as token ids: the tokenizer's eos, those that the model's
-    configuration names, and the special token that the chat template writes after a turn."""
+    configuration names, and the special token that the chat template writes after a turn. Stops if
+    there is none, or the tokenizer is another model's."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        stop("the tokenizer has more tokens than the model: it is another model's")
+    configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
         tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
         after = tokenizer(tail, add_special_tokens=False).input_ids[:1]
         ends |= set(after) & set(tokenizer.added_tokens_decoder)
+    if ends <= {None}:
+        stop("the model has no end-of-sequence token")
     return sorted(ends - {None})
 
 
@@ -359,6 +365,16 @@ def quote_messages(row: dict, checkpoints: list[str], attempt: str) -> list[dict
     *parts, reply = EXAMPLE.values()
     example = [*user(*parts), {"role": "assistant", "content": reply}]
     return example + user(row["question"], checkpoints, attempt)[1:]
+
+
+def judge_calls(kind: str, row: dict, rubric: str, text: str, steps: list, points: list | None):
+    """The messages of each call that judges a completion. With `points`, a list of checkpoints, the
+    judge is asked for quotations instead of scores."""
+    for texts in judge_inputs(kind, text, steps):
+        if points:
+            yield quote_messages(row, points, text)
+        else:
+            yield judge_messages(kind, row, rubric, fence(texts))
 
 
 def parse_rubric(reply: str) -> str | None:

@@ -374,14 +374,9 @@ def count_judge_tokens(settings: BenchmarkSettings) -> None:
 
 def prompts_of(tokenizer, kind: str, row: dict, checkpoints: list, steps: list) -> list[list[int]]:
     """The token ids of the calls that judge a completion of these steps."""
-    text, made = "".join(steps), []
-    for texts in judge_prompts.judge_inputs(kind, text, steps):
-        if kind == "quotes":
-            messages = judge_prompts.quote_messages(row, checkpoints, text)
-        else:
-            rubric = "\n".join(f"- {point}" for point in checkpoints)
-            fenced = judge_prompts.fence(texts)
-            messages = judge_prompts.judge_messages(kind, row, rubric, fenced)
+    rubric, made = "\n".join(f"- {point}" for point in checkpoints), []
+    points = checkpoints if kind == "quotes" else None
+    for messages in judge_prompts.judge_calls(kind, row, rubric, "".join(steps), steps, points):
         whole = "\n".join(f"{m['role']}\n{m['content']}" for m in messages)
         made.append(tokenizer(whole, add_special_tokens=False).input_ids)
     return made

@@ -143,7 +143,7 @@ def count_calls(groups: list[list[Attempt]], settings: CalibrateSettings, kind: 
 def judge_problem(judge: Judge, completions: list[Completion], kind: str) -> None:
     """Have completions of a problem judged. Stops if the judge has answered none of them; a reply
     without a verdict is an answer."""
-    for verdict in judge.submit(completions, kind):
+    for verdict in [judge.submit(c, kind) for c in completions]:
         verdict.result()
     last_words = [c.judge_words[-1] for c in completions if c.judge_words]
     if last_words and all(words.startswith("(no verdict: ") for words in last_words):

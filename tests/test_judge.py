@@ -129,9 +129,13 @@ def completion(*steps, row=ROW, cut=False):
     return exprl.Completion(row, spans, "".join(steps), False, cut, spans, list(steps))
 
 
+def submit(judge, completions):
+    return [judge.submit(c, "outcome") for c in completions]
+
+
 def judgements(judge, kind, *completions):
     """(scores or None, words, checkpoints) of each of these completions of one problem."""
-    for future in judge.submit(list(completions), kind):
+    for future in [judge.submit(c, kind) for c in completions]:
         future.result(WAIT)
     return [(c.scores, c.judge_words, c.rubric) for c in completions]
 
@@ -644,7 +648,7 @@ def test_a_failed_verdict_is_kept_if_the_step_stands(failure, serve, connect):
     server = serve(lambda request: failure if "bad" in user(request) else "Score: 3")
     judge = connect(server)
     group = [completion("bad"), completion("good")]
-    judge.submit(group, "outcome")
+    submit(judge, group)
     judge.wait(group)
     asked = len(server.requests)
     again = [completion("bad"), completion("good")]
@@ -652,7 +656,7 @@ def test_a_failed_verdict_is_kept_if_the_step_stands(failure, serve, connect):
     assert again[0].judge_words == group[0].judge_words and len(server.requests) == asked
     judge = connect(server)
     worse = [completion("bad 1"), completion("bad 2")]
-    judge.submit(worse, "outcome")
+    submit(judge, worse)
     with pytest.raises(SystemExit, match="failed on most completions; --resume later"):
         judge.wait(worse)
     server.answer = lambda request: "Score: 4"
@@ -679,15 +683,15 @@ def test_of_equal_calls_under_way_one_is_paid(serve, connect):
 def test_checkpoints_may_be_asked_for_before_there_is_a_completion(serve, connect):
     server = serve(lambda request: CHECKPOINTS if wants_rubric(request) else "Score: 4")
     judge = connect(server, rubric="checkpoints")
-    judge.prepare([ROW, OTHER_ROW])
+    for row in (ROW, OTHER_ROW):
+        judge.pool.submit(judge.ask_rubric, row)
     deadline = time.monotonic() + WAIT
     while len(server.requests) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert all(map(wants_rubric, server.requests))
     assert verdicts(judge, "outcome", completion("x"), completion("y")) == [[4]] * 2
     assert len(server.requests) == 4
-    connect(server).prepare([ROW])  # without a rubric, nothing is asked
-    time.sleep(0.1)
+    assert connect(server).ask_rubric(ROW) == ("", "")  # without a rubric, nothing is asked
     assert len(server.requests) == 4
 
 
@@ -837,7 +841,7 @@ def test_what_the_judge_says_of_when_to_ask_again_is_obeyed(serve, connect, shor
 def test_no_pause_is_longer_than_the_run(serve, connect, short, monkeypatch):
     monkeypatch.setattr(judge_prompts, "FIRST_PAUSE", 30.0)
     judge = connect(serve((503, {})), patience=10)
-    [future] = judge.submit([completion("text")], "outcome")
+    future = judge.submit(completion("text"), "outcome")
     while judge.told < 0:
         time.sleep(0.01)
     judge.close()
@@ -944,7 +948,7 @@ def test_submit_does_not_wait(serve, connect):
     go_on = threading.Event()
     server = serve(lambda request: "Score: 3" if go_on.wait(5) else "")
     c = completion("later")
-    [later] = connect(server).submit([c], "outcome")
+    later = connect(server).submit(c, "outcome")
     assert not later.done() and c.scores is None
     go_on.set()
     later.result(WAIT)
@@ -955,11 +959,11 @@ def test_wait_stops_if_most_have_failed(serve, connect):
     server = serve(lambda request: "none" if "bad" in user(request) else "Score: 3")
     judge = connect(server)
     group = [completion(text) for text in ("good", "bad 1", "fine", "bad 2")]
-    judge.submit(group, "outcome")
+    submit(judge, group)
     judge.wait(group)
     assert [c.scores for c in group] == [[3], None, [3], None]
     group = [completion(text) for text in ("good", "bad 1", "bad 2")]
-    judge.submit(group, "outcome")
+    submit(judge, group)
     with pytest.raises(SystemExit, match="failed on most completions; --resume later"):
         judge.wait(group)
 
@@ -969,7 +973,7 @@ def test_after_close_no_call_is_made(serve, connect):
     go_on = threading.Event()
     server = serve(lambda request: "Score: 3" if go_on.wait(5) else "")
     judge = connect(server, threads=1)
-    futures = judge.submit([completion(*STEPS), completion("x")], "alone")
+    futures = [judge.submit(c, "alone") for c in (completion(*STEPS), completion("x"))]
     while not server.requests:
         time.sleep(0.01)
     judge.close()
@@ -982,7 +986,7 @@ def test_max_judge_calls_stops_paid_calls_but_not_the_cache(serve, connect):
     server = serve("Score: 4")
     judge = connect(server, max_calls=3)
     group = [completion(f"text {i}") for i in range(6)]
-    errors = [future.exception(WAIT) for future in judge.submit(group, "outcome")]
+    errors = [future.exception(WAIT) for future in submit(judge, group)]
     assert sum(error is None for error in errors) == len(server.requests) == 3
     for error in filter(None, errors):
         assert isinstance(error, SystemExit) and "--max-judge-calls 3" in str(error)

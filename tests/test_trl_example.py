@@ -40,7 +40,8 @@ def sampled(settings) -> tuple:
     for ids, mask, c in prompts:
         assert ids[mask.bool()].tolist() == c.row["prompt_ids"]  # what exprl.py would ask
     judge = exprl.Judge(settings, Path(settings.out) / "again")
-    judge.submit(completions, scaffold.kind)
+    for c in completions:
+        judge.submit(c, scaffold.kind)
     judge.wait(completions)
     exprl.fill_advantages(completions, settings)
     return output, completions

@@ -54,8 +54,10 @@ class Scaffold:
             exprl.read_completion(self.rows[i], ids, self.tokenizer, self.eos_ids)
             for i, ids in zip(row, completion_ids, strict=True)
         ]
-        self.judge.prepare([c.row for c in read[:: self.settings.group_size]])
-        self.judge.submit(read, self.kind)
+        for c in read[:: self.settings.group_size]:  # so that no completion will wait for it
+            self.judge.pool.submit(self.judge.ask_rubric, c.row)
+        for c in read:
+            self.judge.submit(c, self.kind)
         self.judge.wait(read)
         exprl.fill_advantages(read, self.settings)
         self.completions = read
@@ -122,7 +124,7 @@ def make_trainer(settings: TrlSettings) -> GRPOTrainer:
     else:
         prompts = [tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) for row in rows]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    eos_ids = judge_prompts.end_tokens(tokenizer, model.generation_config.eos_token_id)
+    eos_ids = judge_prompts.end_tokens(tokenizer, model)
     model.generation_config.eos_token_id = eos_ids
     scaffold = Scaffold(settings, rows, tokenizer, eos_ids)
     trainer = ProcessTrainer if settings.method == "process" else GRPOTrainer
