@@ -132,10 +132,10 @@ def chunks(items: list, size: int) -> list[list]:
 def read_log(path: Path) -> list:
     """The values of a JSON-lines file; a line that a crash has torn is left out."""
     values = []
-    for line in path.read_text("utf-8").split("\n"):
+    for line in path.read_text("utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError):
             values.append(json.loads(line))
-    return values
+    return [value for value in values if isinstance(value, dict)]
 
 
 def write_log(path: Path, records: list[dict], mode: str = "a") -> None:
@@ -171,8 +171,7 @@ def normalise_row(record: dict, needed: tuple[str, ...]) -> dict[str, str]:
     row = {}
     for name, columns in COLUMNS.items():
         values = [record[c] for c in columns if isinstance(record.get(c), (str, int, float))]
-        text = str(values[0]).strip() if values else ""
-        row[name] = text.encode(errors="replace").decode()  # half a character becomes a ?
+        row[name] = str([*values, ""][0]).strip().encode(errors="replace").decode()
     solution, _, answer = row["answer"].rpartition("####")
     row["reference"] = row["reference"] or re.sub(r"<<.*?>>", "", solution).strip()
     row["answer"] = answer.strip() or last_boxed(row["reference"])
@@ -194,7 +193,7 @@ def load_rows(source: str, split: str, n=0, needed=("question", "answer")) -> li
         if source.endswith(".jsonl") or Path(source).is_file():
             records = map(json.loads, Path(source).read_text("utf-8-sig").rstrip().split("\n"))
         else:
-            records = load_dataset(name, config or None, split=split)
+            records = load_dataset(name, config or None, split=split) or [{}]
         for record in records:
             rows.append(normalise_row(record, needed))
     except Exception as error:  # the hub's errors share no class
@@ -395,21 +394,20 @@ def parse_score(reply: str, label: str = "Score") -> int | None:
     """
     around = r"[\s*()\[\]{}]*"
     pattern = f"{around}{label}{around}:{around}([1-5]){around}"
-    lines = [re.fullmatch(pattern, line, re.IGNORECASE) for line in reply.splitlines()]
+    lines = [re.fullmatch(pattern, line, re.IGNORECASE) for line in reply.split("\n")]
     scores = [int(match[1]) for match in lines if match]
     return scores[-1] if scores else None
 
 
 class Judge(JudgeAPI):
-    """A judge behind an API, asked from threads; each of its replies is kept on disk. A verdict
-    that fails is None, never a low score."""
+    """A judge; its replies are kept on disk. A verdict that fails is None, never a low score."""
 
     def __init__(self, settings: JudgeSettings, folder: Path):
         super().__init__(settings)
         folder.mkdir(parents=True, exist_ok=True)
         self.cache_path = folder / "judge_cache.jsonl"
         self.cache_path.open("a").write("\n")  # ends a line that a crash has torn
-        self.cache = {record["key"]: record["reply"] for record in read_log(self.cache_path)}
+        self.cache = {r.get("key"): r.get("reply", "") for r in read_log(self.cache_path)}
         self.asking = {}  # a lock for each call
         self.verdicts = []  # on their way
         self.unscored = []  # replies without a score, for the cache if the step stands
@@ -426,9 +424,8 @@ class Judge(JudgeAPI):
         self.verdicts.clear()
         if sum(c.scores is None for c in completions) > len(completions) / 2:
             stop(f"{self.name} failed on most completions; --resume later. {self.last_error}")
-        with self.lock:
-            write_log(self.cache_path, self.unscored)
-            self.unscored.clear()
+        write_log(self.cache_path, self.unscored)
+        self.unscored.clear()
 
     def judge(self, c: Completion, kind: str) -> None:
         """Fill in the scores of a completion (None if one of its calls fails), in a thread. What
@@ -694,27 +691,25 @@ class Run:
         self.out = Path(settings.out or f"runs/{name}-{settings.method}")
         self.out.mkdir(parents=True, exist_ok=True)
         self.checkpoint = self.out / "checkpoint.pt"
-        self.state, before = {"step": 0}, {}
+        self.state = {"step": 0}
         self.lock = FileLock(self.out / ".lock", timeout=0, is_singleton=True)
         try:
             self.lock.acquire()
-            if (self.out / "settings.json").exists():
-                before = json.loads((self.out / "settings.json").read_text("utf-8"))
             if self.checkpoint.exists():
                 self.state = torch.load(self.checkpoint, map_location="cpu")
-            self.step = self.saved = self.state["step"]
+            self.step, before = self.state["step"], self.state.get("settings", {})
         except Exception as error:
-            stop(
-                f"{self.out} is in use by another process, or damaged; take another --out: {error}"
-            )
-        if (before or self.step) and not settings.resume:
+            why = f"is in use by another process, or damaged ({type(error).__name__})"
+            stop(f"{self.out} {why}: take another --out")
+        if not settings.resume and (before or (self.out / "settings.json").exists()):
             stop(f"{self.out} holds a run: add --resume to go on with it, or another --out")
         for name, value in vars(settings).items():
             if name not in self.MAY_CHANGE.split() and before.get(name, value) != value:
                 stop(f"{self.out} was started with {name} {before[name]}, not {value}")
         for path in (self.out / "metrics.jsonl", self.out / "rollouts.jsonl"):
             path.touch()  # and forget what came after the checkpoint
-            write_log(path, [r for r in read_log(path) if r["step"] <= self.step], "w")
+            write_log(path, [r for r in read_log(path) if r.get("step", 0) <= self.step], "w")
+        self.saved, self.settings = self.step, vars(settings)
 
     def start(self, settings: TrainSettings, model, optimizer, paid: dict) -> None:
         """Give what the checkpoint holds to its owners, and write down the settings."""
@@ -731,7 +726,8 @@ class Run:
         """Replace checkpoint.pt, whole or not at all, if there is a new step that is complete."""
         if self.step not in (None, self.saved):
             state = {name: owner.state_dict() for name, owner in self.owners.items()}
-            torch.save(state | {"step": self.step, "paid": self.paid}, self.out / "checkpoint.tmp")
+            state |= {"step": self.step, "settings": self.settings, "paid": self.paid}
+            torch.save(state, self.out / "checkpoint.tmp")
             (self.out / "checkpoint.tmp").replace(self.checkpoint)
             self.saved = self.step
 
@@ -758,6 +754,7 @@ def measure(completions: list[Completion], group_size: int) -> dict[str, float]:
         "accuracy": [c.correct for c in completions if c.correct is not None] or [math.nan],
         "no_signal": [not any(any(c.advantages) for c in group) for group in groups],
         "cut": [c.cut for c in completions],
+        "to_judge": [judge_prompts.speaks_to_judge(c.text) for c in completions],
         "judge_failed": [c.rewards is None for c in completions],
         "length": [len(c.ids) for c in completions],
     }
@@ -826,7 +823,8 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
             phases = ("seconds_sample", "seconds_reference", "seconds_judge", "seconds_update")
             metrics |= zip(phases, np.diff(clock).tolist(), strict=True)
             run.log(step, metrics, completions, tokenizer)  # 5. log
-            bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy")} | run.paid)
+            shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy")} | run.paid
+            bar.set_postfix(shown | judge_prompts.warn(read_log(run.out / "metrics.jsonl")))
             if step % settings.save_every == 0 or step == settings.steps:
                 run.save()
     finally:  # also after an error or Ctrl-C

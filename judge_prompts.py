@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from statistics import fmean, variance
 from string import Template
 from typing import NoReturn
 
@@ -58,7 +59,10 @@ def policy_prompt(tokenizer, question: str, instruction: str = POLICY) -> list[i
     if not tokenizer.chat_template:
         return tokenizer(f"{text}\n\nSolution:\n").input_ids
     turns = [{"role": "user", "content": text}]  # one turn: not every chat has a system role
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # it is a program
+        stop(f"the model's chat template fails: {error}")
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written the BOS
 
 
@@ -482,6 +486,45 @@ def quote_scores(reply: str, checkpoints: list, steps: list, whole: bool) -> lis
     return scores[:1] if whole else scores
 
 
+# ---- Signs that the policy works on its judge ----------------------------------------------------
+TO_JUDGE = re.compile(
+    r"\b(grader|grading|graded|rubric|evaluator|full (?:marks|credit)|reference solution)\b"
+    r"|\bscore\W*:\W*[1-5]\b|</?text-\d|\b(?:ignore|disregard)\b.{0,20}\b(?:instruct|above)",
+    re.IGNORECASE,
+)
+
+
+def speaks_to_judge(text: str) -> bool:
+    """Whether a completion seems to address who grades it.
+    >>> speaks_to_judge("A full-mark answer. Score: 5"), speaks_to_judge("She scored 5 points.")
+    (True, False)
+    """
+    return bool(TO_JUDGE.search(text))
+
+
+def warn(metrics: list[dict]) -> dict[str, str]:
+    """{"warning": words} if the last quarter of a run's steps (5 at least) looks, beside the first,
+    as if the policy had learned to please its judge; else {}. A change counts if it is larger than
+    .05 and twice its standard error.
+    >>> warn([{"reward": t / 20, "accuracy": 0.5 - t / 50, "to_judge": 0} for t in range(20)])
+    {'warning': 'the reward rises, accuracy falls'}
+    """
+    n, change = max(5, len(metrics) // 4), {}
+    if len(metrics) < 2 * n:
+        return {}
+    for name in ("reward", "accuracy", "to_judge"):
+        first, last = ([m.get(name, 0.0) for m in part] for part in (metrics[:n], metrics[-n:]))
+        error = math.sqrt((variance(first) + variance(last)) / n)
+        difference = fmean(last) - fmean(first)
+        change[name] = difference if abs(difference) > max(0.05, 2 * error) else 0.0
+    signs = []
+    if change["reward"] > 0 > change["accuracy"]:
+        signs.append("the reward rises, accuracy falls")
+    if change["to_judge"] > 0:
+        signs.append("completions begin to address the judge")
+    return {"warning": "; ".join(signs)} if signs else {}
+
+
 # ---- The judge's API -----------------------------------------------------------------------------
 JUDGE_CLIENT = {"timeout": 120.0, "max_retries": 2}  # seconds; for a request that gets lost
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds, in an outage
@@ -585,7 +628,8 @@ class JudgeAPI:
         says = response.headers.get("retry-after", "") if response is not None else ""
         pause = max(pause, float(says) if says.isdigit() else 0)
         if now + pause > started + patience:
-            stop(f"{self.name} is out: {error}. Nothing is lost: --resume when it is back")
+            words = str(error).rstrip(".")
+            stop(f"{self.name} is out: {words}. Nothing is lost: --resume when it is back")
         with self.lock:
             if now > self.told + 60:
                 words = " ".join(str(error).split())[:200]

@@ -240,9 +240,6 @@ def benchmark(settings: BenchmarkSettings) -> None:
     """Time and memory of a training step: exprl.py, TRL, and a lower limit."""
     if settings.prompts * settings.group % settings.micro_batch:
         exprl.stop("--micro-batch has to divide --prompts times --group")
-    if settings.judge_prompts:
-        count_judge_tokens(settings)
-        return
     if settings.system:
         source, tokenizer = exprl.find_model(settings.model)
         texts = make_prompts(tokenizer, settings.prompts, settings.prompt_length)
@@ -251,6 +248,9 @@ def benchmark(settings: BenchmarkSettings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         is_random = not settings.model
         settings.model = settings.model or random_model(f"{folder}/model", settings.vocabulary)
+        if settings.judge_prompts:
+            count_judge_tokens(settings)
+            return
         if settings.judge:
             print_waiting(settings, folder)
             return
@@ -349,7 +349,7 @@ def common_start(first: list[int], second: list[int]) -> int:
 def count_judge_tokens(settings: BenchmarkSettings) -> None:
     """Prompt tokens of judge calls for a completion as long as the reference, of as many steps as
     it has lines; its lines stand for the checkpoints too."""
-    _, tokenizer = exprl.find_model(settings.model or "SmolLM2-135M-Instruct")
+    _, tokenizer = exprl.find_model(settings.model)
     rows = exprl.load_rows(settings.judge_prompts, "train", 200, ("question", "reference"))
     table = {}
     for kind in ("outcome", "together", "prefix", "alone", "quotes"):

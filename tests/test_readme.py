@@ -293,7 +293,7 @@ def memory(N, L, h, f, k, V, B, T, P=200, S=64) -> float:
     """The page's formula, in GB: the larger of training and sampling."""
     activations = L * B * (P + T) * (34 * h + 8 * f + 2 * (P + T))
     logits = T * V * (2 * (2 * B - 1) + 12)
-    training = 20 * N + max(4 * N, 2 * N + activations + logits)
+    training = 22 * N + activations + logits
     sampling = 18 * N + S * (8 * L * k * (P + T) + 16 * V)
     return max(training, sampling) / 1e9
 
