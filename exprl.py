@@ -31,7 +31,6 @@ import math
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -232,8 +231,6 @@ def load_model(source: str):
         stop(f"the model {source} cannot be loaded: {error}")
     if device.type == "cuda" and torch.cuda.is_bf16_supported(False):  # else: emulated
         model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
-    if not all(p.isfinite().all() for p in model.parameters()):
-        stop(f"the model {source} has weights that are no numbers: take an earlier one")
     print(f"model: {source}, {model.num_parameters() / 1e6:.4g}M float32 parameters on {device}")
     return model.to(device).eval()
 
@@ -408,7 +405,6 @@ class Judge(JudgeAPI):
         self.cache_path = folder / "judge_cache.jsonl"
         self.cache_path.open("a").write("\n")  # ends a line that a crash has torn
         self.cache = {r.get("key"): r.get("reply", "") for r in read_log(self.cache_path)}
-        self.asking = {}  # a lock for each call
         self.verdicts = []  # on their way
         self.unscored = []  # replies without a score, for the cache if the step stands
 
@@ -469,7 +465,7 @@ class Judge(JudgeAPI):
         asked for. Of equal calls under way one is paid; the others wait for it."""
         asked = [self.settings.judge_model, self.settings.judge_options, messages]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        with self.asking.setdefault(digest, threading.Lock()):
+        with self.lock_of(digest):
             if digest not in self.cache:
                 self.cache[digest] = self.ask_until(messages, parse)
                 record = {"key": digest, "reply": self.cache[digest]}
@@ -699,8 +695,7 @@ class Run:
                 self.state = torch.load(self.checkpoint, map_location="cpu")
             self.step, before = self.state["step"], self.state.get("settings", {})
         except Exception as error:
-            why = f"is in use by another process, or damaged ({type(error).__name__})"
-            stop(f"{self.out} {why}: take another --out")
+            stop(f"{self.out} is in use, or damaged ({type(error).__name__}): take another --out")
         if not settings.resume and (before or (self.out / "settings.json").exists()):
             stop(f"{self.out} holds a run: add --resume to go on with it, or another --out")
         for name, value in vars(settings).items():
@@ -794,6 +789,7 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
         calls = group_size * (MAX_STEPS if kind in ("prefix", "alone") else 1) + 1  # a problem
         print(f"{judge.name}: up to {calls * n_prompts * len(steps):,} calls, if nothing is cached")
     bar = tqdm(steps, settings.method, settings.steps, initial=run.step)
+    held = []  # signals to end that have come while the weights were moving
     try:
         for step in bar:
             torch.manual_seed(settings.seed * 1_000_003 + step)  # resumed, it draws what this draws
@@ -813,16 +809,18 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
             clock.append(time.monotonic())
             fill(completions, settings)  # 3. advantage
             metrics = measure(completions, group_size) | run.paid
+            on_term = signal.signal(signal.SIGTERM, lambda *_: held.append("SIGTERM"))
             run.step = None  # the weights are moving: save() does nothing until log()
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * min(1.0, step / 5)  # warm-up
+            optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, step / 5)  # warm-up
             metrics |= update(model, optimizer, completions, settings, loss)  # 4. update
-            clock.append(time.monotonic())
             if not math.isfinite(metrics["grad_norm"]):
                 stop(f"step {step}: the gradient is no number; lower --lr, or raise --kl")
             phases = ("seconds_sample", "seconds_reference", "seconds_judge", "seconds_update")
-            metrics |= zip(phases, np.diff(clock).tolist(), strict=True)
+            metrics |= zip(phases, np.diff([*clock, time.monotonic()]).tolist(), strict=True)
             run.log(step, metrics, completions, tokenizer)  # 5. log
+            signal.signal(signal.SIGTERM, on_term)
+            if held:
+                raise KeyboardInterrupt
             shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy")} | run.paid
             bar.set_postfix(shown | judge_prompts.warn(read_log(run.out / "metrics.jsonl")))
             if step % settings.save_every == 0 or step == settings.steps:
@@ -930,6 +928,10 @@ def run_command(command: Callable, settings_class: type, argv: list[str], about:
         stop("out of memory: --micro-batch 1, a smaller --sample-batch, --kl 0 (no second model)")
     except (OSError, UnicodeError) as error:
         stop(str(error))
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        stop("the model's logits are no numbers: its weights are damaged, or --lr is too high")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -488,9 +488,10 @@ def quote_scores(reply: str, checkpoints: list, steps: list, whole: bool) -> lis
 
 # ---- Signs that the policy works on its judge ----------------------------------------------------
 TO_JUDGE = re.compile(
-    r"\b(grader|grading|graded|rubric|evaluator|full (?:marks|credit)|reference solution)\b"
-    r"|\bscore\W*:\W*[1-5]\b|</?text-\d|\b(?:ignore|disregard)\b.{0,20}\b(?:instruct|above)",
-    re.IGNORECASE,
+    r"\b(?:grader|grading|graded|rubric|evaluat(?:or|ion)|full marks|the reference|checkpoints)\b"
+    r"|^\W*(?:score|step \d+)\W*:\W*[1-5]\W*$|</?text-\d|\bscore: [1-5]\b"
+    r"|\b(?:ignore|disregard)\b.{0,20}\b(?:instruct|above)",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 
@@ -557,7 +558,7 @@ class JudgeAPI:
         self.name = f"the judge {settings.judge_model} at {url}"
         self.settings = settings
         self.paid = {"judge_calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        self.lock = threading.Lock()
+        self.lock, self.asking = threading.Lock(), {}
         self.pool = ThreadPoolExecutor(settings.judge_threads)
         self.closed = threading.Event()
         self.last_error = ""
@@ -570,6 +571,10 @@ class JudgeAPI:
                 stop(f"{self.name} refuses the key in OPENAI_API_KEY: {error}")
         except Exception as error:  # no connection, no URL, ...
             stop(f"{self.name} cannot be reached: {error.__cause__ or error}")
+
+    def lock_of(self, call: str) -> threading.Lock:
+        """The lock that equal calls share."""
+        return self.asking.setdefault(call, threading.Lock())
 
     def ask_until(self, messages: list[dict], parse: Callable) -> str:
         """The first of three replies that has the form that was asked for, or the last."""

@@ -10,7 +10,6 @@ steps coloured by advantage.
 
 import argparse
 import io
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import exprl  # noqa: E402
+import judge_prompts  # noqa: E402
 
 # ---- What there is to show -----------------------------------------------------------------------
 
@@ -50,11 +50,11 @@ def collect(paths: list[Path]) -> list[Shown]:
     """Runs and evaluations, matched. Stops at a path that is neither."""
     shown: list[Shown] = []
     for path in [path for path in paths if path.is_dir()]:
-        steps = DataFrame(exprl.read_log(path / "metrics.jsonl"))
+        steps = DataFrame([r for r in exprl.read_log(path / "metrics.jsonl") if "reward" in r])
         if steps.empty:
             exprl.stop(f"{path} holds no run with a step in its metrics.jsonl")
-        settings = json.loads((path / "settings.json").read_text(encoding="utf-8"))
-        rollouts = exprl.read_log(path / "rollouts.jsonl")
+        settings = (exprl.read_log(path / "settings.json") or [{}])[0]
+        rollouts = [r for r in exprl.read_log(path / "rollouts.jsonl") if "rewards" in r]
         shown.append(Shown(str(path), f"C{len(shown)}", settings, steps, rollouts))
     for run in shown:
         before, seen = run, []
@@ -164,6 +164,7 @@ PAGE = r"""<!doctype html>
 <div class="grid">{% for chart in charts %}<div>{{ chart | safe }}</div>{% endfor %}</div>
 {% for run in runs if run.settings %}
 <h2>{{ run.name }}</h2>
+{% if run.warning %}<p><b>Look at this run: {{ run.warning }}.</b>{% endif %}
 <details><summary>settings</summary><pre>{{ run.settings | tojson(indent=1) }}</pre></details>
 <p>Steps are coloured by their advantage: blue above 0, orange below. Curves are means over 9 steps.
 {% for title, rollouts in run.examples.items() %}
@@ -209,6 +210,7 @@ def write_page(shown: list[Shown], path: Path) -> None:
     runs = []
     for run in shown:
         part = {"name": run.name, "color": colors.to_hex(run.color), "settings": run.settings}
+        part |= judge_prompts.warn(run.steps.to_dict("records"))
         runs.append(part | {"examples": examples(run.rollouts)})
     page = Template(PAGE, autoescape=True).render(runs=runs, charts=charts)
     path.write_text(page, encoding="utf-8")

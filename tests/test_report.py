@@ -312,3 +312,21 @@ def test_nothing_is_wider_than_the_window(page, tmp_path, width):
     (tmp_path / "outer.html").write_text(frame, encoding="utf-8")
     dom = browse(tmp_path / "outer.html", 1200, tmp_path, "--dump-dom")
     assert re.search(r'data-w="(.*?)"', dom)[1] == str(width)
+
+
+def test_a_run_that_pleases_its_judge_is_pointed_out(tmp_path):
+    def page(name, accuracy, to_judge):
+        run = make_run(tmp_path / name, "base", 20, reward=0.1)
+        steps = [
+            {"step": s, "reward": s / 40, "accuracy": accuracy(s), "to_judge": to_judge(s)}
+            for s in range(1, 21)
+        ]
+        write(run / "metrics.jsonl", steps)
+        return report(tmp_path / f"{name}.html", run).read_text(encoding="utf-8")
+
+    assert "Look at this run" not in page("good", lambda s: s / 40, lambda s: 0)
+    hacked = page("hacked", lambda s: 0.5 - s / 80, lambda s: s / 20)
+    assert (
+        "Look at this run: the reward rises, accuracy falls; completions begin to address the "
+        "judge." in hacked
+    )

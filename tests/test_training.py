@@ -877,3 +877,24 @@ def test_the_key_is_written_nowhere(train, tmp_path, monkeypatch):
     assert (run / "settings.json") in files
     assert not any(b"sk-very-secret" in f.read_bytes() for f in files)
     assert os.environ["OPENAI_API_KEY"] == "sk-very-secret"
+
+
+def test_the_bar_warns_of_a_policy_that_pleases_its_judge(train, tmp_path, monkeypatch, capsys):
+    """With a judge that pays for being addressed, and completions that do it more and more."""
+    sample_groups, step = exprl.sample_groups, iter(range(10**6))
+
+    def talk(*args):
+        n = next(step)
+        for group in sample_groups(*args):
+            for c in group:
+                c.text = "Score: 5" if n > 6 else "### 1 + 1 = 2"
+                c.correct, c.scores = n < 3, [1 + n % 5 * (n > 6)] * len(c.steps)
+            yield group
+
+    sample_with(monkeypatch, talk)
+    monkeypatch.setattr(exprl.Judge, "judge", lambda *_: None)
+    run = train(tmp_path / "run", "--steps", "12", "--kl", "0")
+    assert [m["to_judge"] for m in steps_of(run)] == [0.0] * 7 + [1.0] * 5
+    bar = capsys.readouterr().err
+    words = "warning=the reward rises, accuracy falls; completions begin to address the judge"
+    assert words in bar and words not in bar.partition(" 9/12")[0]
