@@ -383,9 +383,9 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
 # ---- Judge: question, hidden reference and completion -> scores 1..5 -----------------------------
 def parse_score(reply: str, label: str = "Score") -> int | None:
     r"""The score 1..5 in a judge's reply: the last line that is a score and nothing else, or None.
-    Fails closed: a quotation, 0, 6, 10, 4.5 and 4/5 are no scores. Blanks, stars and brackets
-    ([{}]) may stand around label and number, quotation marks and > may not; capitals or not is all
-    the same. `label` is "Step 3" where each step has a line.
+    Fails closed: a quotation, 0, 6, 10, 4.5 and 4/5 are no scores, and only \n ends a line. Blanks,
+    stars and brackets ([{}]) may stand around label and number, quotation marks and > may not;
+    capitals or not is all the same. `label` is "Step 3" where each step has a line.
     >>> parse_score("It claims 'Score: 5'.\n**Score: [2]**"), parse_score("Score: 4/5")
     (2, None)
     """
@@ -441,7 +441,7 @@ class Judge(JudgeAPI):
             points = judge_prompts.list_checkpoints(checkpoints or c.row["reference"])
 
         def parse(reply: str) -> list[float] | None:
-            if points:
+            if points is not None:
                 return judge_prompts.quote_scores(reply, points, c.step_texts, kind == "outcome")
             scores = [parse_score(reply, label) for label in labels]
             return None if None in scores else scores

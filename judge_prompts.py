@@ -375,10 +375,10 @@ def judge_calls(kind: str, row: dict, rubric: str, text: str, steps: list, point
     """The messages of each call that judges a completion. With `points`, a list of checkpoints, the
     judge is asked for quotations instead of scores."""
     for texts in judge_inputs(kind, text, steps):
-        if points:
-            yield quote_messages(row, points, text)
-        else:
+        if points is None:
             yield judge_messages(kind, row, rubric, fence(texts))
+        else:
+            yield quote_messages(row, points, text)
 
 
 def parse_rubric(reply: str) -> str | None:

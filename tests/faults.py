@@ -29,6 +29,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+os.environ["HF_HUB_OFFLINE"] = "1"  # no fault is waited for
 
 import report  # noqa: E402
 import torch  # noqa: E402
@@ -164,6 +165,7 @@ def plain(words: str) -> str:
     """Without what differs from run to run: folders and ports."""
     words = re.sub(r"\S*/(?=(?:place\d+|base|broken\d*)\b)", "", words)
     words = re.sub(r"place\d+/", "", words)
+    words = re.sub(r"^\S+: error:", "exprl.py: error:", words)
     words = re.sub(r"(?<=127\.0\.0\.1:)\d+", "PORT", words)
     return re.sub(r"/tmp/[\w/.-]+", "...", words)
 
@@ -438,6 +440,17 @@ def killed_in_a_save(world: World) -> Row:
     return row
 
 
+def all_of(world: World, out: Path) -> tuple[str, str]:
+    """What is kept of a long run that was stopped, and what becomes of it in two steps more."""
+    steps = torch.load(out / "checkpoint.pt")["step"]
+    more, whole = str(steps + 2), world.place()
+    kept = "all whole steps" if steps == len(learned(out)) else f"{steps} steps"
+    assert world.train(out, "--resume", steps=more)[0] == 0
+    assert world.train(whole, steps=more)[0] == 0
+    weights = [(p / "final" / "model.safetensors").read_bytes() for p in (out, whole)]
+    return kept, "to the bit" if weights[0] == weights[1] else "to other weights"
+
+
 def terminated(world: World, number: int, name: str) -> Row:
     out = world.place()
     often = "100" if number == signal.SIGTERM else "1"  # steps between checkpoints
@@ -446,14 +459,7 @@ def terminated(world: World, number: int, name: str) -> Row:
     os.kill(process.pid, number)
     process.join(60)
     row = Row("the process is stopped", name, last_line(words), str(process.exitcode), "")
-    steps = torch.load(out / "checkpoint.pt")["step"]
-    row.kept = "all whole steps" if steps == len(learned(out)) > 2 else f"{steps} steps"
-    more = str(steps + 2)
-    status, _ = world.train(out, "--resume", steps=more)
-    whole = world.place()
-    assert status == world.train(whole, steps=more)[0] == 0
-    weights = [(p / "final" / "model.safetensors").read_bytes() for p in (out, whole)]
-    row.resumed = "to the bit" if weights[0] == weights[1] else "to other weights"
+    row.kept, row.resumed = all_of(world, out)
     return row
 
 
@@ -475,14 +481,16 @@ def interrupted_while_importing(world: World) -> Row:
 
 def two_in_one_folder(world: World) -> Row:
     out = world.place()
-    process, _ = start(world, out)
-    wait_for(lambda: (out / ".lock").exists() and (out / "settings.json").exists())
-    other, words = start(world, out, "--resume")
+    first, _ = start(world, out, steps="500")
+    wait_for(lambda: (out / "metrics.jsonl").exists() and learned(out))
+    other, words = start(world, out, "--resume", steps="500")
     other.join(60)
-    process.join(60)
+    assert first.exitcode is None
+    first.terminate()
+    first.join(60)
     row = Row("the process is not alone", "a second process on the same `--out`", last_line(words))
-    row.status, row.kept = str(other.exitcode), "all of the first"
-    row.resumed = "the first: " + ("to the bit" if world.is_twin(out) else "to other weights")
+    row.status = str(other.exitcode)
+    row.kept, row.resumed = all_of(world, out)
     return row
 
 
@@ -622,7 +630,7 @@ def broken_flag(world: World, words: str) -> Row:
     row = Row("a flag", f"`{words}`")
     changes = {flag.removeprefix("--").replace("-", "_"): value}
     status, row.reads = world.train(out, **changes)
-    row.status, row.kept = str(status), kept(out)
+    row.status = str(status)
     return row
 
 
@@ -638,13 +646,40 @@ def evaluate(world: World, name: str, **changes: object) -> Row:
     return row
 
 
+def evaluation_killed(world: World) -> Row:
+    """kill -9 while problems are sampled; then the same command again."""
+    folders = [world.place(), world.place()]
+    made = {"--model": world.folder / "base", "--data": world.folder / "heldout.jsonl"}
+    made |= {"--problems": "24", "--samples": "4", "--max-new-tokens": "60", "--sample-batch": "4"}
+    commands = []
+    for out in folders:
+        words = [str(word) for pair in (made | {"--out": out}).items() for word in pair]
+        commands.append(["eval", *words])
+        out.parent.mkdir(parents=True)
+    process = FORKS.Process(target=in_child, args=(commands[0], str(folders[0].parent / "said")))
+    process.start()
+    counted = lambda out: [p for p in out.glob("*.jsonl") if p.stat().st_size]  # noqa: E731
+    wait_for(lambda: counted(folders[0]))
+    process.kill()
+    process.join()
+    lines = [len(exprl.read_log(path)) for path in counted(folders[0])]
+    row = Row("eval and report", "kill -9 in eval, and the same command again")
+    row.kept = "what was counted so far" if 0 < lines[0] < 24 else f"{lines} of 24"
+    status = [run(exprl.main, command)[0] for command in commands]
+    same = counted(folders[0])[0].read_bytes() == counted(folders[1])[0].read_bytes()
+    row.status = f"-9, then {status[0]}"
+    row.resumed = "from the start, to the same counts and texts" if same else "to others"
+    return row
+
+
 def report_on(world: World, name: str, change: Callable[[Path], None]) -> Row:
     out = world.place()
     shutil.copytree(world.twin, out)
     change(out)
     row = Row("eval and report", name)
     page = out.parent / "report.html"
-    status, row.reads = run(report.main, [str(out), "--out", str(page)])
+    figure = ["--figure", str(out.parent / "curves.png")]
+    status, row.reads = run(report.main, [str(out), "--out", str(page), *figure])
     row.status, row.kept = str(status), "a page" if page.exists() else ""
     return row
 
@@ -695,6 +730,7 @@ def all_faults() -> dict[str, Callable[[World], Row]]:
         made[f"flag: {words}"] = lambda w, f=words: broken_flag(w, f)
     made |= {
         "eval: no rows": lambda w: evaluate(w, "eval on an empty file", data=empty_file(w)),
+        "eval: killed": evaluation_killed,
         "eval: no model": lambda w: evaluate(w, "eval of no model", model="runs/none"),
     }
     for name in ("metrics.jsonl", "rollouts.jsonl"):

@@ -206,7 +206,8 @@ def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
             "scores[-1] if scores else None",
             "max(scores, default=None)",
         ),
-        ("only the last line is read", "reply.splitlines()", "reply.splitlines()[-1:]"),
+        ("only the last line is read", 'reply.split("\\n")', 'reply.split("\\n")[-1:]'),
+        ("other separators end a line", 'reply.split("\\n")', "reply.splitlines()"),
         ("10 is read as 1", "re.fullmatch", "re.match"),
         ("found inside sentences", "re.fullmatch", "re.search"),
         ("0 and 6 to 9 are scores", "[1-5]", "[0-9]"),
@@ -226,7 +227,7 @@ def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
 def parse_score(reply, label="Score"):
     around = r"[\s*()\[\]{}]*"
     pattern = rf"{around}{label}{around}:{around}(-?\d+){around}"
-    lines = [re.fullmatch(pattern, line, re.IGNORECASE) for line in reply.splitlines()]
+    lines = [re.fullmatch(pattern, line, re.IGNORECASE) for line in reply.split("\n")]
     return ([min(5, max(1, int(match[1]))) for match in lines if match] or [None])[-1]
 """,
         ),
@@ -245,7 +246,7 @@ def parse_score(reply, label="Score"):
             r"""
 def parse_score(reply, label="Score"):
     score = None
-    for line in reply.splitlines():
+    for line in reply.split("\n"):
         name, _, value = line.partition(":")
         if name.strip(" *()[]{}").lower().startswith(label.lower()):
             value = value.strip(" *()[]{}")
@@ -258,7 +259,7 @@ def parse_score(reply, label="Score"):
             r"""
 def parse_score(reply, label="Score"):
     score = None
-    for line in reply.splitlines():
+    for line in reply.split("\n"):
         name, _, value = line.partition(":")
         if name.strip(" *()[]{}").lower() == label.lower():
             value = value.strip(" *()[]{}")
@@ -1037,7 +1038,7 @@ def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
         """
 def parse_score(reply, label="Score"):
     decoration, score = " \\t\\r\\f\\v*()[]{}", None
-    for line in reply.splitlines():
+    for line in reply.split("\\n"):
         name, colon, value = line.partition(":")
         value = value.strip(decoration)
         if colon and name.strip(decoration).lower() == label.lower():
@@ -1055,7 +1056,7 @@ def parse_score(reply, label="Score"):
         r"""
 def parse_score(reply, label="Score"):
     edges = re.compile(r"^[\s*()\[\]{}]+|[\s*()\[\]{}]+$")
-    for line in reversed(reply.splitlines()):
+    for line in reversed(reply.split("\n")):
         parts = [edges.sub("", part).casefold() for part in line.split(":")]
         for k in range(1, 6):
             if parts == [label.casefold(), str(k)]:

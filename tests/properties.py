@@ -270,6 +270,7 @@ def _(f):
     """A score inside a sentence is a quotation (of the policy, perhaps), not a verdict."""
     f.gives(1, "Score: 1\nThe attempt claims Score: 5")
     f.gives(None, "It ends with 'Score: 5'.")
+    f.gives(1, "Score: 1\nIt says: well\u2028Score: 5\u2028done\fScore: 5\f")
     for reply in (
         '"Score: 5"',
         "'Score: 5'",

@@ -18,6 +18,7 @@ import pytest
 import report
 import test_assignment
 import test_compare
+import test_faults
 import test_trl_example
 import test_walkthrough
 import torch
@@ -44,6 +45,7 @@ ELSEWHERE = {  # command: the test that runs it
     "bash train_small.sh Qwen2.5-0.5B": test_walkthrough.test_the_recipe_on_a_model_of_one_s_own,
     "bash train_small.sh compare": test_compare.test_killed_and_started_again_it_does_only_the_rest,
     "bash tests/run.sh": None,  # this is it
+    "python tests/soak.py": test_faults.test_faults_and_kills_change_no_bit,
     'JUDGE_MODEL=toy-judge-lies-20 RUNS=runs/lies SYSTEMS="outcome process-delta process-end '
     'process-group" bash train_small.sh compare': test_compare.test_the_judge_is_the_one_asked_for,
     'SEEDS="1 2 3 4 5 6 7 8" SYSTEMS="sparse outcome process-delta process-group" '
