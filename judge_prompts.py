@@ -560,7 +560,7 @@ class JudgeAPI:
         self.paid = {"judge_calls": 0, "prompt_tokens": 0, "completion_tokens": 0}
         self.lock, self.asking = threading.Lock(), {}
         self.pool = ThreadPoolExecutor(settings.judge_threads)
-        self.closed = threading.Event()
+        self.closed, self.why = threading.Event(), "it is not asked any more"
         self.last_error = ""
         self.told = -math.inf  # when an outage was last spoken of, in seconds
         try:
@@ -608,17 +608,14 @@ class JudgeAPI:
                     raise ValueError(f"no JSON, but {str(reply)[:100]!r}")
                 break
             except Exception as error:
-                code = getattr(error, "status_code", None)
-                if (
-                    code in (401, 402, 403, 404)
-                    or getattr(error, "code", "") == "insufficient_quota"
-                ):
+                is_quota = getattr(error, "code", "") == "insufficient_quota"
+                if is_quota or getattr(error, "status_code", None) in (401, 402, 403, 404):
                     stop(f"{self.name}: {error}")
                 if not is_outage(error):
                     raise
                 pause = self.wait_out(error, pause, started)
         else:
-            stop(f"{self.name} is not asked any more")
+            stop(f"{self.name}: {self.why}")
         with self.lock:
             for name in ("prompt_tokens", "completion_tokens"):
                 self.paid[name] += getattr(reply.usage, name, 0) or 0
@@ -627,14 +624,16 @@ class JudgeAPI:
 
     def wait_out(self, error: Exception, pause: float, started: float) -> float:
         """Wait for these seconds, or what the judge says, and return the next pause. Stops if that
-        would be after --judge-patience."""
+        would be after --judge-patience, and with it all threads: each would wait as long again."""
         patience, now = 60 * self.settings.judge_patience, time.monotonic()
         response = getattr(error, "response", None)
         says = response.headers.get("retry-after", "") if response is not None else ""
         pause = max(pause, float(says) if says.isdigit() else 0)
         if now + pause > started + patience:
             words = str(error).rstrip(".")
-            stop(f"{self.name} is out: {words}. Nothing is lost: --resume when it is back")
+            self.why = f"it is out: {words}. Nothing is lost: --resume when it is back"
+            self.closed.set()
+            stop(f"{self.name}: {self.why}")
         with self.lock:
             if now > self.told + 60:
                 words = " ".join(str(error).split())[:200]

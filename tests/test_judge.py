@@ -805,7 +805,7 @@ def test_an_outage_is_no_verdict(outage, serve, connect, short):
     server = serve(outage)
     judge = connect(server, patience=0.012)
     c = completion("text")
-    with pytest.raises(SystemExit, match=r"is out: .*--resume when it is back") as stopped:
+    with pytest.raises(SystemExit, match=r"it is out: .*--resume when it is back") as stopped:
         verdicts(judge, "outcome", c)
     assert "\n" not in str(stopped.value) and c.scores is None and len(server.requests) > 1
     server.answer = lambda request: "Score: 4"
@@ -838,6 +838,16 @@ def test_what_the_judge_says_of_when_to_ask_again_is_obeyed(serve, connect, shor
     assert pauses == [40.0]
 
 
+def test_all_threads_lose_their_patience_together(serve, connect, short):
+    """Not each in its turn: completions wait for their checkpoints, and twins for each other."""
+    judge = connect(serve((503, {})), patience=0.02, rubric="checkpoints", threads=16)
+    judge.pool.submit(judge.ask_rubric, ROW)
+    started = time.monotonic()
+    for future in [judge.submit(completion("text"), "outcome") for _ in range(8)]:
+        assert "it is out: " in str(future.exception(WAIT))
+    assert time.monotonic() - started < 2 * 1.2
+
+
 def test_no_pause_is_longer_than_the_run(serve, connect, short, monkeypatch):
     monkeypatch.setattr(judge_prompts, "FIRST_PAUSE", 30.0)
     judge = connect(serve((503, {})), patience=10)
@@ -846,7 +856,7 @@ def test_no_pause_is_longer_than_the_run(serve, connect, short, monkeypatch):
         time.sleep(0.01)
     judge.close()
     started = time.monotonic()
-    assert "not asked any more" in str(future.exception(WAIT))
+    assert "it is not asked any more" in str(future.exception(WAIT))
     assert time.monotonic() - started < 5
 
 
