@@ -611,7 +611,11 @@ def broken_data(world: World, name: str, text: str) -> Row:
     data = out.parent / "broken.jsonl"
     data.write_text(text)
     row = Row("the data", name)
-    few = {"prompts_per_step": "1", "group_size": "2"} if "explodes" in name else {}
+    few = (
+        {"prompts_per_step": "1", "group_size": "2"}
+        if "explodes" in name or "braces" in name
+        else {}
+    )
     status, row.reads = world.train(out, data=data, steps="1", **few)
     row.status, row.kept = str(status), "" if status else kept(out)
     return row

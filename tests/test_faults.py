@@ -1,6 +1,7 @@
 """Each fault of faults.py is made, and its row compared with the table in faults.md."""
 
 import re
+import shutil
 
 import faults
 import pytest
@@ -47,8 +48,10 @@ def test_a_fault_does_what_the_table_says(world, name):
         assert row.resumed.startswith("to other weights" if is_verdict else ("to the bit", "not"))
 
 
-def test_faults_and_kills_change_no_bit(capsys):
+def test_faults_and_kills_change_no_bit(tiny, monkeypatch, capsys):
     """The soak test, shortly: 12 steps, three in ten calls fail, a kill each 4 steps."""
+    copy = lambda folder, **_: shutil.copytree(tiny, folder, dirs_exist_ok=True)  # noqa: E731
+    monkeypatch.setattr(faults.toy_world, "build", copy)
     settings = soak.SoakSettings(steps=12, kill_every=4, faults=30)
     assert soak.soak(settings)
     said = capsys.readouterr().out
