@@ -33,7 +33,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -408,8 +407,8 @@ class Judge(JudgeAPI):
         self.verdicts = []  # on their way
         self.unscored = []  # replies without a score, for the cache if the step stands
 
-    def submit(self, c: Completion, kind: str) -> Future:
-        """Hand a completion to the threads."""
+    def submit(self, c: Completion, kind: str):
+        """Hand a completion to the threads; returns the Future of that."""
         self.verdicts.append(self.pool.submit(self.judge, c, kind))
         return self.verdicts[-1]
 
@@ -706,7 +705,7 @@ class Run:
             write_log(path, [r for r in read_log(path) if r.get("step", 0) <= self.step], "w")
         self.saved, self.settings = self.step, vars(settings)
 
-    def start(self, settings: TrainSettings, model, optimizer, paid: dict) -> None:
+    def start(self, model, optimizer, paid: dict) -> None:
         """Give what the checkpoint holds to its owners, and write down the settings."""
         self.owners = {"model": model, "optimizer": optimizer}
         self.paid = paid
@@ -715,7 +714,7 @@ class Run:
             for name, owner in self.owners.items():
                 owner.load_state_dict(self.state.pop(name))  # not to be held twice
         sampling = {"sampling": model.generation_config.to_diff_dict()}
-        write_log(self.out / "settings.json", [vars(settings) | sampling], "w")
+        write_log(self.out / "settings.json", [self.settings | sampling], "w")
 
     def save(self) -> None:
         """Replace checkpoint.pt, whole or not at all, if there is a new step that is complete."""
@@ -733,8 +732,7 @@ class Run:
         records = []
         for c in completions:
             known = {k: v for k, v in (c.row | vars(c)).items() if k not in unlogged}
-            prompt = tokenizer.decode(c.row["prompt_ids"])
-            records.append({"step": step, "prompt": prompt} | known)
+            records.append({"step": step, "prompt": tokenizer.decode(c.row["prompt_ids"])} | known)
         write_log(self.out / "rollouts.jsonl", records)
         self.step = step
 
@@ -771,7 +769,7 @@ def set_up(settings: TrainSettings, rows: list[dict]) -> tuple:
         set_sampling(loaded, tokenizer, rows[0]["prompt_ids"], settings)
     adamw = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **adamw)
-    run.start(settings, model, optimizer, judge.paid if judge else {})
+    run.start(model, optimizer, judge.paid if judge else {})
     return run, judge, tokenizer, model, initial, optimizer
 
 
@@ -789,6 +787,7 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
         calls = group_size * (MAX_STEPS if kind in ("prefix", "alone") else 1) + 1  # a problem
         print(f"{judge.name}: up to {calls * n_prompts * len(steps):,} calls, if nothing is cached")
     bar = tqdm(steps, settings.method, settings.steps, initial=run.step)
+    history = read_log(run.out / "metrics.jsonl")
     held = []  # signals to end that have come while the weights were moving
     try:
         for step in bar:
@@ -822,7 +821,8 @@ def train(settings, rows=None, sample=sample_groups, fill=fill_advantages, loss=
             if held:
                 raise KeyboardInterrupt
             shown = {k: f"{metrics[k]:.3f}" for k in ("reward", "accuracy")} | run.paid
-            bar.set_postfix(shown | judge_prompts.warn(read_log(run.out / "metrics.jsonl")))
+            history.append(metrics)
+            bar.set_postfix(shown | judge_prompts.warn(history))
             if step % settings.save_every == 0 or step == settings.steps:
                 run.save()
     finally:  # also after an error or Ctrl-C

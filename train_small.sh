@@ -26,7 +26,7 @@ if [ $# -eq 0 ] || [ "$1" = compare ]; then
   [ $# -eq 0 ] || exec "$python" tests/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
     --stage1 "$stage1" --stage2 "$stage2" --base-steps "${BASE_STEPS:-1000}" \
     --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${train[*]}" --sampling="${sampling[*]}"
-  heading "toy world: problems and base model ($runs); 5 to 9 minutes in all on 2 cores"
+  heading "toy world: problems and base model ($runs); 4 to 9 minutes in all on 2 cores"
   [ -d "$base" ] || "$python" tests/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}" --length "$length"
   rm -f "$runs/judge.url"
   "$python" tests/toy_world.py judge --url-file "$runs/judge.url" &

@@ -408,7 +408,7 @@ def killed(world: World, times: int = 20) -> Row:
     draw, same, failed = random.Random(0), 0, ""
     begun = time.monotonic()
     process, _ = start(world, world.place())
-    process.join()
+    process.join(300)
     length = time.monotonic() - begun
     for i in range(times):
         out = world.place()
@@ -431,7 +431,7 @@ def killed_in_a_save(world: World) -> Row:
     """kill -9 while half of the checkpoint is written."""
     out = world.place()
     process, _ = start(world, out, steps="1")
-    process.join()
+    process.join(300)
     (out / "checkpoint.tmp").write_bytes((out / "checkpoint.pt").read_bytes()[:5000])
     with (out / "rollouts.jsonl").open("a") as file:
         file.write('{"step": 2, "text": "torn')

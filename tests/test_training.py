@@ -879,7 +879,7 @@ def test_the_key_is_written_nowhere(train, tmp_path, monkeypatch):
     assert os.environ["OPENAI_API_KEY"] == "sk-very-secret"
 
 
-def test_the_bar_warns_of_a_policy_that_pleases_its_judge(train, tmp_path, monkeypatch, capsys):
+def test_the_bar_warns_of_a_policy_that_pleases_its_judge(train, tmp_path, monkeypatch):
     """With a judge that pays for being addressed, and completions that do it more and more."""
     sample_groups, step = exprl.sample_groups, iter(range(10**6))
 
@@ -893,8 +893,9 @@ def test_the_bar_warns_of_a_policy_that_pleases_its_judge(train, tmp_path, monke
 
     sample_with(monkeypatch, talk)
     monkeypatch.setattr(exprl.Judge, "judge", lambda *_: None)
+    bar = []
+    monkeypatch.setattr(exprl.tqdm, "set_postfix", lambda self, shown: bar.append(shown))
     run = train(tmp_path / "run", "--steps", "12", "--kl", "0")
     assert [m["to_judge"] for m in steps_of(run)] == [0.0] * 7 + [1.0] * 5
-    bar = capsys.readouterr().err
-    words = "warning=the reward rises, accuracy falls; completions begin to address the judge"
-    assert words in bar and words not in bar.partition(" 9/12")[0]
+    words = "the reward rises, accuracy falls; completions begin to address the judge"
+    assert [shown.get("warning") for shown in bar] == [None] * 9 + [words] * 3
