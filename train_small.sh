@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# ExpRL end to end, and its control. Killed or stopped, the same command goes on where it was.
+# ExpRL end to end, and its control. If it is killed or stopped, the same command continues it.
 #   bash train_small.sh                 the toy world: CPU, no key, no download but the packages
 #   bash train_small.sh compare         the toy world again: all methods and baselines, both stages,
-#                                       ablations of the judge, 3 seeds (under an hour on 2 cores)
+#                                       ablations of the judge, 3 seeds (about an hour on 2 cores)
 #   bash train_small.sh Qwen2.5-0.5B    the same on GSM8K, for one GPU; the judge is OpenAI's (set
 #                                       OPENAI_API_KEY) or your own (set JUDGE_URL and JUDGE_MODEL)
-# STAGE1 and STAGE2 in the environment change the numbers of steps, RUNS the folder of the runs, and
-# (of compare) SEEDS and SYSTEMS what is compared. With another RUNS: LENGTH=8 makes toy problems of
-# eight operations, JUDGE_MODEL=toy-judge-lies-20 makes the toy judge turn 20% of its scores round.
+# STAGE1 and STAGE2 in the environment set the numbers of iterations, RUNS sets the folder of the
+# runs, and SEEDS and SYSTEMS set what `compare` compares. With another RUNS you can also change the
+# toy world: LENGTH=8 makes problems of eight operations, and JUDGE_MODEL=toy-judge-lies-20 makes the
+# toy judge turn 20% of its scores round.
 set -euo pipefail
 cd "$(dirname "$0")"
 . tests/setup.sh
 
 heading() { printf '\n== %s\n' "$*"; }
-exprl() { "$python" exprl.py "$@"; }
+train() { "$python" exprl.py "$@"; }
+evaluate() { "$python" tests/tools/evaluate.py "$@"; }
 
 if [ $# -eq 0 ] || [ "$1" = compare ]; then
   runs=${RUNS:-runs/toy} stage1=${STAGE1:-120} stage2=${STAGE2:-60} base=$runs/base problems=$runs/train.jsonl
@@ -21,15 +23,30 @@ if [ $# -eq 0 ] || [ "$1" = compare ]; then
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1  # a model this small runs on one core
   unset OPENAI_API_KEY OPENAI_BASE_URL
   sampling=(--temperature 1 --max-new-tokens $((10 * length)) --sample-batch 256)
-  train=(--lr 4e-4 --kl 0.02 --updates-per-batch 2 --micro-batch 64 --save-every 20)
-  train+=(--judge-model "${JUDGE_MODEL:-toy-judge}")
-  [ $# -eq 0 ] || exec "$python" tests/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
+  settings=(--lr 4e-4 --kl 0.02 --optimizer-steps 2 --micro-batch 64 --save-every 20 --clip-high 0.28)
+  settings+=(--judge-model "${JUDGE_MODEL:-toy-judge}")
+  [ $# -eq 0 ] || exec "$python" tests/toy/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
     --stage1 "$stage1" --stage2 "$stage2" --base-steps "${BASE_STEPS:-1000}" \
-    --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${train[*]}" --sampling="${sampling[*]}"
-  heading "toy world: problems and base model ($runs); 4 to 9 minutes in all on 2 cores"
-  [ -d "$base" ] || "$python" tests/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}" --length "$length"
+    --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${settings[*]}" --sampling="${sampling[*]}"
+else
+  runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1
+  problems=$runs/hard.jsonl
+  judge=(--judge-url "${JUDGE_URL:-}" --judge-model "${JUDGE_MODEL:-gpt-4.1-mini}")
+  sampling=(--max-new-tokens "${MAX_NEW_TOKENS:-512}")
+  held_out=(--data "${HELD_OUT:-gsm8k}" --problems "${PROBLEMS:-200}" --samples 8 --out "$runs/eval")
+  settings=(--save-every 20)
+fi
+mkdir -p "$runs"
+if command -v flock >/dev/null; then
+  exec 8>"$runs/.lock"
+  flock -n 8 || { echo "another train_small.sh is running in $runs: wait for its end, or set RUNS to another folder" >&2; exit 1; }
+fi
+
+if [ $# -eq 0 ]; then
+  heading "toy world: problems and base model ($runs); 4 to 5 minutes in all on 2 cores"
+  [ -d "$base" ] || "$python" tests/toy/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}" --length "$length"
   rm -f "$runs/judge.url"
-  "$python" tests/toy_world.py judge --url-file "$runs/judge.url" &
+  "$python" tests/toy/toy_world.py judge --url-file "$runs/judge.url" &
   judge_process=$!
   trap 'kill $judge_process 2>/dev/null || true' EXIT
   for _ in $(seq 300); do
@@ -39,39 +56,32 @@ if [ $# -eq 0 ] || [ "$1" = compare ]; then
   [ -f "$runs/judge.url" ] || { echo "the toy judge did not start within 30 seconds" >&2; exit 1; }
   judge=(--judge-url "$(cat "$runs/judge.url")")
   held_out=(--data "$runs/heldout.jsonl" --problems "${PROBLEMS:-0}" --samples 8 --out "$runs/eval")
-else
-  runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1
-  problems=$runs/hard.jsonl
-  judge=(--judge-url "${JUDGE_URL:-}" --judge-model "${JUDGE_MODEL:-gpt-4.1-mini}")
-  sampling=(--max-new-tokens "${MAX_NEW_TOKENS:-512}")
-  held_out=(--data "${HELD_OUT:-gsm8k}" --problems "${PROBLEMS:-200}" --samples 8 --out "$runs/eval")
-  train=(--save-every 20)
-  if [ ! -f "$problems" ]; then
-    heading "the problems that the base model fails (training is on these)"
-    exprl eval --model "$base" --data "${TRAIN:-gsm8k}" --split train --problems "${TRAIN_PROBLEMS:-1000}" \
-      --samples 4 --save-hard "$problems" --out "$runs/eval-train" "${sampling[@]}"
-  fi
+elif [ ! -f "$problems" ]; then
+  heading "the problems that the base model fails (training is on these)"
+  evaluate --model "$base" --data "${TRAIN:-gsm8k}" --split train --problems "${TRAIN_PROBLEMS:-1000}" \
+    --samples 4 --save-hard "$problems" --out "$runs/eval-train" "${sampling[@]}"
 fi
-train+=(--data "$problems" --resume)
+settings+=(--data "$problems" --resume)
 
 heading "1/5 the base model, on held-out problems"
-exprl eval --model "$base" "${held_out[@]}" "${sampling[@]}"
-heading "2/5 stage 1: ExpRL-Process, $stage1 steps. The judge reads the references, the policy does not"
-exprl train --method process --model "$base" --out "$runs/process" --steps "$stage1" \
-  "${train[@]}" "${sampling[@]}" "${judge[@]}"
-heading "3/5 stage 2: sparse reward, $stage2 steps, from the primed model"
-exprl train --method sparse --model "$runs/process/final" --out "$runs/process-then-sparse" \
-  --steps "$stage2" "${train[@]}" "${sampling[@]}"
-heading "4/5 the control: sparse reward from the base model, $((stage1 + stage2)) steps"
-exprl train --method sparse --model "$base" --out "$runs/sparse-only" --steps $((stage1 + stage2)) \
-  "${train[@]}" "${sampling[@]}"
+evaluate --model "$base" "${held_out[@]}" "${sampling[@]}"
+heading "2/5 stage 1: ExpRL-Process, $stage1 iterations. The judge reads the references, the policy does not"
+train --method process --model "$base" --out "$runs/process" --iterations "$stage1" \
+  "${settings[@]}" "${sampling[@]}" "${judge[@]}"
+heading "3/5 stage 2: sparse reward, $stage2 iterations, from the model of stage 1"
+train --method sparse --model "$runs/process/final" --out "$runs/process-then-sparse" \
+  --iterations "$stage2" "${settings[@]}" "${sampling[@]}"
+heading "4/5 the control: sparse reward from the base model, $((stage1 + stage2)) iterations"
+train --method sparse --model "$base" --out "$runs/sparse-only" --iterations $((stage1 + stage2)) \
+  "${settings[@]}" "${sampling[@]}"
 heading "5/5 all of them, on held-out problems"
-exprl eval --model "$base" "$runs/process/final" "$runs/process-then-sparse/final" \
+evaluate --model "$base" "$runs/process/final" "$runs/process-then-sparse/final" \
   "$runs/sparse-only/final" "${held_out[@]}" "${sampling[@]}"
-"$python" tests/report.py "$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" \
+"$python" tests/tools/report.py "$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" \
   "$runs"/eval/*.jsonl --out "$runs/report.html" --figure "$runs/curves.png"
 echo
-echo "What to look at: stage 2 and the control are the same algorithm with the same reward, and got"
-echo "as many steps in all; what differs is whether ExpRL came first. Every completion, with the"
-echo "judge's scores and its advantages, is in $runs/process/rollouts.jsonl."
-echo "Learning curves: $runs/curves.png; with completions to read: $runs/report.html"
+echo "What to look at: stage 2 and the control are the same algorithm with the same reward, and both"
+echo "had the same number of iterations in all. They differ in whether ExpRL came first. Every"
+echo "completion, with its rewards and advantages and the judge's words, is in"
+echo "$runs/process/rollouts.jsonl. Learning curves: $runs/curves.png. A page of completions to read:"
+echo "$runs/report.html"

@@ -1,138 +1,173 @@
-"""What ExpRL is compared with: the paper's other ways to begin, and a judge with another reference.
+"""Train what ExpRL is compared with: other first stages, and a judge with another reference.
 
-    python tests/baselines.py --method sft --model MODEL --data DATA
-    python tests/baselines.py --method distill --model MODEL --data DATA
-    python tests/baselines.py --method process --reference wrong --model MODEL --data DATA
+    python tests/tools/baselines.py --method sft --model MODEL --data DATA
+    python tests/tools/baselines.py --method distill --model MODEL --data DATA
+    python tests/tools/baselines.py --method process --reference wrong --model MODEL --data DATA
 
-The loop is that of exprl.py, with the same flags. What a baseline does otherwise is handed to it:
-what takes the place of the samples, of the advantages, of the loss.
+The training loop and the flags are those of exprl.py. A baseline hands the loop another function
+for one of its stages: for the sampling, the reward, the advantage or the loss.
 """
 
 import functools
-import math
+import random
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import exprl  # noqa: E402
-import judge_prompts  # noqa: E402
-from exprl import Completion, setting  # noqa: E402
+from exprl import option  # noqa: E402
+
+# What the teacher of self-distillation reads in place of the policy's instruction.
+TEACHER = (
+    f"{exprl.INSTRUCTION} A reference solution stands before the problem. Understand it, then "
+    "solve the problem in your own way, without mention of it."
+)
 
 
 @dataclass(kw_only=True)
-class BaselineSettings(exprl.TrainSettings):
-    """Train a baseline: SFT on the references, self-distillation, ExpRL by another reference."""
+class BaselineSettings(exprl.TrainingSettings):
+    """Which baseline is trained."""
 
-    method: str = setting("baseline, or ExpRL", "sft", "distill", "process", "outcome")
-    reference: str = setting("ExpRL's judge is shown (wrong: another's)", "right", "none", "wrong")
+    method: Literal["sft", "distill", "process", "outcome"] = option(
+        "sft",
+        "sft: supervised fine-tuning on the references. distill: on-policy self-distillation. "
+        "process, outcome: ExpRL, with the reference that --reference names",
+    )
+    reference: Literal["right", "none", "wrong"] = option(
+        "right", "what ExpRL's judge is shown: the reference, none, or another problem's"
+    )
 
 
-def show_reference(rows: list[dict], which: str, seed: int) -> list[dict]:
-    """Rows with the right reference, none, or a wrong one, of the row a fixed distance before."""
+def show_reference(problems: list[dict], which: str, seed: int) -> list[dict]:
+    """Return problems with the right reference, none, or a wrong one.
+
+    A wrong reference belongs to the problem at a fixed distance in the list, drawn from `seed`.
+    Stops if there is no other problem.
+    """
     if which == "right":
-        return rows
+        return problems
     if which == "none":
-        return [row | {"reference": ""} for row in rows]
-    if len(rows) < 2:
-        exprl.stop("a wrong reference is another problem's: give two problems or more")
-    distance = np.random.default_rng(seed).integers(1, len(rows))
-    return [row | {"reference": rows[i - distance]["reference"]} for i, row in enumerate(rows)]
+        return [problem | {"reference": ""} for problem in problems]
+    if len(problems) < 2:
+        exprl.stop("a wrong reference belongs to another problem: give two problems or more")
+    distance = random.Random(seed).randrange(1, len(problems))
+    shifted = problems[-distance:] + problems[:-distance]
+    return [
+        problem | {"reference": other["reference"]}
+        for problem, other in zip(problems, shifted, strict=True)
+    ]
 
 
 # ---- SFT: cross-entropy on the references, with the policy's own prompt --------------------------
-def read_references(model, tokenizer, rows: list, *_) -> Iterator[list[Completion]]:
-    """In place of samples, one of each problem: reference + eos, cut where a sample would be."""
-    sampling = model.generation_config
-    ends, eos = sampling.eos_token_id, tokenizer.eos_token_id
-    for row in rows:
-        ids = tokenizer(row["reference"], add_special_tokens=False).input_ids
-        ids = [*ids, ends[0] if eos is None else eos][: sampling.max_new_tokens]
-        yield [exprl.read_completion(row | {"answer": ""}, ids, tokenizer, ends)]
+def read_references(model, tokenizer, problems, n, batch_size):
+    """In place of sampling: one completion per problem, the reference and an end token.
+
+    It is truncated where a sampled completion would be. `n` and `batch_size` are not used.
+    """
+    configuration = model.generation_config
+    completions = []
+    for problem in problems:
+        ids = tokenizer(problem["reference"], add_special_tokens=False).input_ids
+        eos = tokenizer.eos_token_id
+        ids.append(configuration.eos_token_id[0] if eos is None else eos)
+        ids = ids[: configuration.max_new_tokens]
+        prompt_ids = exprl.policy_prompt(tokenizer, problem["question"])
+        without_answer = problem | {"answer": ""}  # a reference is not an attempt
+        completions.append(
+            exprl.read_completion(
+                without_answer, prompt_ids, ids, tokenizer, configuration.eos_token_id
+            )
+        )
+    return completions
 
 
-def sft_loss(model, batch: dict, n_tokens: int, settings: BaselineSettings) -> tuple[Tensor, dict]:
-    """A micro-batch's share of the cross-entropy, at temperature 1 whatever that of sampling is."""
-    logp = exprl.token_logprobs(model, *batch["inputs"], 1.0)
-    total = torch.where(batch["mask"], -logp, 0.0).sum()
-    return total / n_tokens, {"cross_entropy": total}
+def sft_loss(model, batch, training):
+    """The cross-entropy of each token, at temperature 1 whatever that of sampling is -> (N,)."""
+    logp = exprl.token_logprobs(model, batch.prompt_ids, batch.completion_ids, 1.0)  # (B, T)
+    cross_entropy = -logp[batch.mask]  # (N,)
+    return cross_entropy, {"cross_entropy": cross_entropy}
 
 
 # ---- On-policy self-distillation: the teacher is the initial model, with the reference -----------
 def reverse_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """(B, T, V) logits of both at the student's samples -> (B, T) KL(student || teacher), nats, all
-    in float32: KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)), p = softmax(logits / temperature).
-    Its gradient is the mean of a_t grad log p_S(y_t), a_t = log p_S(y_t) - log p_T(y_t), y_t ~ p_S.
-    The float32 copies exist for one row at a time, and are computed again in the backward pass.
+    """(B, T, V) logits of both at the student's samples -> (B, T) KL(student || teacher), in nats.
+
+    KL_t = sum_v p_S(v) (log p_S(v) - log p_T(v)), with p = softmax(logits / temperature), all in
+    float32. Its gradient is the mean of a_t grad log p_S(y_t) over y_t ~ p_S, where a_t =
+    log p_S(y_t) - log p_T(y_t).
+
     >>> reverse_kl(torch.tensor([[[0.0, 1.0]]]), torch.zeros(1, 1, 2), 1.0)
     tensor([[0.1109]])
     """
+    rows = []
+    for student_row, teacher_row in zip(student, teacher, strict=True):  # float32 copies are large
+        log_s = torch.log_softmax(student_row.float() / temperature, dim=-1)  # (T, V)
+        log_t = torch.log_softmax(teacher_row.float() / temperature, dim=-1)  # (T, V)
+        rows.append((log_s.exp() * (log_s - log_t)).sum(dim=-1))  # (T,)
+    return torch.stack(rows)
 
-    def row_kl(student: Tensor, teacher: Tensor) -> Tensor:  # (T, V), (T, V) -> (T,)
-        log_s, log_t = (torch.log_softmax(x.float() / temperature, -1) for x in (student, teacher))
-        return (log_s.exp() * (log_s - log_t)).sum(-1)
 
-    rows = zip(student, teacher, strict=True)
-    return torch.stack([checkpoint(row_kl, *row, use_reentrant=False) for row in rows])
-
-
-def sample_students(model, tokenizer, rows: list, *how) -> Iterator[list[Completion]]:
-    """Samples of the policy, as ever; their rows hold the teacher's prompt too."""
-    for row in rows:
-        text = f"{row['reference']}\n\n{row['question']}"
-        ids = judge_prompts.policy_prompt(tokenizer, text, judge_prompts.TEACHER)
-        row["teacher_prompt_ids"] = ids
-    return exprl.sample_groups(model, tokenizer, rows, *how)
+def teacher_prompt(tokenizer, problem: dict) -> list[int]:
+    """Return what the teacher sees: its instruction, the reference and the question."""
+    text = f"{problem['reference']}\n\n{problem['question']}"
+    return exprl.policy_prompt(tokenizer, text, TEACHER)
 
 
 @functools.cache
 def load_teacher(name: str):
-    """The initial model, once."""
-    return exprl.load_model(exprl.find_model(name)[0]).requires_grad_(False)
+    """Load the initial model as a teacher, once -> (model, tokenizer)."""
+    any_length = exprl.SamplingSettings(max_new_tokens=1)
+    model, tokenizer = exprl.load_policy(name, [{"question": ""}], any_length)
+    return model.requires_grad_(False), tokenizer
 
 
-def distill_loss(model, batch: dict, n_tokens: int, settings) -> tuple[Tensor, dict]:
-    """A micro-batch's share of the reverse KL. No clipping, no penalty."""
+def distill_loss(model, batch, training):
+    """The reverse KL of each token, without clipping and without a KL penalty -> (N,)."""
+    teacher, tokenizer = load_teacher(training.model)
+    prompt = torch.tensor(teacher_prompt(tokenizer, batch.completions[0].problem))
     with torch.no_grad():
-        inputs = exprl.collate(batch["completions"], model, "teacher_prompt_ids")["inputs"]
-        teacher = load_teacher(settings.model)
-        teacher.shares_prompts = getattr(model, "shares_prompts", False)  # of the same kind
-        teacher_logits = exprl.completion_logits(teacher, *inputs)
-    student_logits = exprl.completion_logits(model, *batch["inputs"])
-    kl = reverse_kl(student_logits, teacher_logits, settings.temperature)
-    total = torch.where(batch["mask"], kl, 0.0).sum()
-    return total / n_tokens, {"teacher_kl": total}
+        teacher_logits = exprl.completion_logits(
+            teacher, prompt.to(model.device), batch.completion_ids
+        )
+    student_logits = exprl.completion_logits(model, batch.prompt_ids, batch.completion_ids)
+    kl = reverse_kl(student_logits, teacher_logits, model.generation_config.temperature)
+    return kl[batch.mask], {"teacher_kl": kl[batch.mask]}
 
 
 # ---- Both ----------------------------------------------------------------------------------------
-def fill_weights(completions: list[Completion], settings: BaselineSettings) -> None:
-    """In place of advantages: all tokens count alike. The reward is what can be said of it."""
-    for c in completions:
-        c.rewards = [math.nan if c.correct is None else float(c.correct)]
-        c.advantages = [1.0] * len(c.steps)
+def reward_accuracy(completions):
+    """In place of the judge: the accuracy, for the log only. Without an answer it is 0."""
+    return [exprl.Verdict([float(bool(completion.correct))]) for completion in completions]
 
 
-def train(settings: BaselineSettings) -> None:
-    """Train by a baseline."""
-    rows = exprl.load_rows(settings.data, "train", needed=("question", "reference"))
-    if settings.method in ("sft", "distill"):
-        settings.kl = 0.0  # their losses have no penalty
-    if settings.method == "sft":
-        exprl.train(settings, rows, read_references, fill_weights, sft_loss)
-    elif settings.method == "distill":
-        exprl.train(settings, rows, sample_students, fill_weights, distill_loss)
-    elif (settings.reference, settings.rubric, settings.judge_input) == ("none", "none", "quotes"):
-        exprl.stop("without a reference, --judge-input quotes needs --rubric checkpoints")
+def weigh_equally(rewards, training):
+    """In place of advantages: 1 for every token."""
+    return [[1.0] for _ in rewards]
+
+
+def train(training, sampling, judging):
+    """Train a baseline."""
+    problems = exprl.load_problems(sampling.data, "train", "reference")
+    replaced = {"reward": reward_accuracy, "advantage": weigh_equally}
+    if training.method == "sft":
+        training.kl = 0.0  # these two losses have no penalty
+        training.group_size = 1
+        replaced |= {"sample": read_references, "loss": sft_loss}
+    elif training.method == "distill":
+        training.kl = 0.0
+        replaced |= {"loss": distill_loss}
     else:
-        exprl.train(settings, show_reference(rows, settings.reference, settings.seed))
+        problems = show_reference(problems, training.reference, sampling.seed)
+        replaced = {}
+    exprl.train(training, sampling, judging, problems, **replaced)
 
 
 if __name__ == "__main__":
-    exprl.run_command(train, BaselineSettings, sys.argv[1:], __doc__)
+    classes = [BaselineSettings, exprl.SamplingSettings, exprl.JudgeSettings]
+    exprl.run_command(train, classes, sys.argv[1:])

@@ -14,8 +14,8 @@ teacher in self-distillation) it copies most of the reference's values. The judg
 behind a real HTTP server that speaks the chat-completions protocol. `exprl.py` meets this world
 only as a model folder, JSON-lines files and a judge's URL.
 
-    python tests/toy_world.py build FOLDER --seed 0
-    python tests/toy_world.py judge --url-file FILE
+    python tests/toy/toy_world.py build FOLDER --seed 0
+    python tests/toy/toy_world.py judge --url-file FILE
 """
 
 import argparse
@@ -31,7 +31,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import judge_prompts  # noqa: E402
@@ -234,17 +234,6 @@ def step_score(
     return 1 if last or rest.strip() else 5
 
 
-def quote(question: str, checkpoints: str, attempt: str) -> str:
-    """For each checkpoint, each two operations further, the line that states its value there."""
-    labels, replies = re.findall("[a-h]", question), []
-    for j, value in enumerate(re.findall(r"^\d+\. .*?(\d\d)\}?$", checkpoints, re.MULTILINE), 1):
-        label = labels[min(2 * j, len(labels)) - 1]
-        lines = rf"^### (?:{label}\d\d(?:\+7|\*3)|.\d\d(?:\+7|\*3){{2}})={value}$"
-        stated = re.search(lines, attempt, re.MULTILINE)
-        replies.append(f"{j}: {stated[0] if stated else 'none'}")
-    return "\n".join(replies)
-
-
 def tell(score: int, lies: int, about: str) -> int:
     """The score, or (for `lies` per cent of all that is asked about) its opposite, 6 - score."""
     draw = int(hashlib.sha256(about.encode()).hexdigest(), 16) % 100
@@ -260,8 +249,12 @@ def answer(request: dict) -> str:
 def reply_to(messages: list[dict], lies: int = 0) -> str:
     """The toy judge's reply to a prompt of judge_prompts.py, with a reference or without."""
     system, user = messages[0]["content"], messages[-1]["content"]
-    kinds = judge_prompts.SYSTEM["math"]
-    kind = next(k for k, text in kinds.items() if system.startswith(text.split("\n")[0]))
+    for kind in judge_prompts.KINDS:
+        first_line = judge_prompts.system_message(kind, "math", True).split("\n")[0]
+        if system.startswith(first_line):
+            break
+    else:
+        return "I am ready."  # the test call at the start of a run
     question = re.search(r"## Problem\n(.*)", user)[1]
     given = user.partition("\n## Text to judge\n")[0]
     reference = re.search(r"\n## Reference solution\n(.*?)(?:\n\n## |\s*$)", given, re.DOTALL)
@@ -272,8 +265,6 @@ def reply_to(messages: list[dict], lies: int = 0) -> str:
         return "\n".join(f"- reaches {value}" for value in re.findall(r"=(\d\d)", reference))
     fenced = re.findall(r"^<([a-z]+-\d+-[0-9a-f]{8})>\n(.*?)\n</\1>", user, re.DOTALL | re.M)
     texts = [text for _, text in fenced]
-    if kind == "quotes":
-        return quote(question, user.partition("\n## Checkpoints\n")[2], texts[0])
     if kind == "outcome":
         texts = [text for text in re.split(r"^(?=### )", texts[0], flags=re.MULTILINE) if text]
     ends_at = len(texts) - 1 if kind == "together" else None  # where the attempt is known to end
