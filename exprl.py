@@ -13,7 +13,7 @@ stages:
   3. advantage  The reward is s = (k - 1) / 4, which lies in 0..1.
                 Outcome: A = (s - mean) / std over the problem's G completions, for all tokens.
                 Process: A_t = s_t - s_(t-1) for the tokens of step t, and A_1 = s_1 - s_last, so
-                that the advantages of a completion sum to 0 and extra steps gain nothing.
+                that the advantages of all steps sum to 0 and extra steps gain nothing.
   4. update     PPO's clipped loss with these advantages, plus a small KL penalty that keeps the
                 policy close to the initial policy.
   5. log        Every number and every completion is written to disk.
@@ -22,9 +22,13 @@ This is stage 1, which the paper calls RL mid-training. Stage 2 runs the same lo
 stage 1 with the sparse reward (--method sparse): 1 for a correct answer and 0 otherwise. Now there
 are correct answers to reinforce.
 
-  python exprl.py --model Qwen2.5-0.5B                                       # stage 1 on GSM8K
-  python exprl.py --model runs/Qwen2.5-0.5B-process/final --method sparse    # stage 2
-  python tests/tools/evaluate.py --model Qwen2.5-0.5B runs/Qwen2.5-0.5B-process/final  # pass@k
+  python exprl.py --model Qwen2.5-0.5B                                            # stage 1 on GSM8K
+  python exprl.py --model runs/process/final --method sparse --no-std --kl 0      # stage 2
+  python tests/tools/evaluate.py --model Qwen2.5-0.5B runs/sparse/final           # pass@1, pass@k
+
+By default stage 1 makes up to 14,400 judge calls: 200 iterations of 8 problems x 8 completions, and
+one rubric per problem. GSM8K serves as the example because everybody knows it. Train on problems
+that your own model fails (evaluate.py finds them with --save-hard).
 
 Words: a *problem* has a question, a *reference* (the hidden solution) and an answer. The policy
 gets a *prompt* and writes a *completion*, which is made of *steps*. The judge's *score* (1..5)
@@ -49,8 +53,8 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import MISSING, dataclass, field
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
@@ -74,28 +78,25 @@ def option(default, meaning):
     return field(default=default, metadata={"help": meaning})
 
 
-MAY_BE_ZERO = ["lr", "kl", "clip_low", "clip_high", "seed", "max_judge_calls", "problems"]
-
-
 class Settings:
     """The base class of all settings."""
+
+    may_be_zero = ("lr", "kl", "clip_low", "clip_high", "seed", "max_judge_calls")
 
     def __post_init__(self):
         """Raise ValueError for a number that is negative or infinite, or 0 where 0 is useless."""
         for name, value in vars(self).items():
-            is_zero = value == 0 and name in MAY_BE_ZERO
+            is_zero = value == 0 and name in self.may_be_zero
             if type(value) in (int, float) and not is_zero and not 0 < value < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: give a positive number")
 
 
 @dataclass(kw_only=True)
 class TrainingSettings(Settings):
-    """What is trained, by which method, and for how long."""
+    """Settings of the model, the method and the length of training."""
 
     _argument_group_name = "training"
-    model: str = field(
-        metadata={"help": "a hub id, a folder (RUN/final), or the bare name of a model of Qwen"}
-    )
+    model: str = option(MISSING, "a hub id, a folder (RUN/final), or the bare name of a Qwen model")
     method: Literal["process", "outcome", "sparse"] = option(
         "process",
         "process: the judge scores every step. outcome: the judge scores the whole completion. "
@@ -118,7 +119,9 @@ class TrainingSettings(Settings):
     no_std: bool = option(
         False, "outcome, sparse: do not divide by the standard deviation (paper: in stage 2)"
     )
-    optimizer_steps: int = option(1, "optimizer steps in one iteration (paper: 1 to 2)")
+    optimizer_steps: int = option(
+        1, "passes over an iteration's completions; with 1, clipping has no effect (paper: 1 to 2)"
+    )
     lr: float = option(
         1e-6, "learning rate after 5 iterations of warm-up; short runs need more (paper: 1e-6)"
     )
@@ -137,7 +140,7 @@ class TrainingSettings(Settings):
 
 @dataclass(kw_only=True)
 class SamplingSettings(Settings):
-    """Where the problems come from, and how completions are sampled."""
+    """Settings of the problems and of the sampling."""
 
     _argument_group_name = "sampling"
     data: str = option(
@@ -151,7 +154,7 @@ class SamplingSettings(Settings):
 
 @dataclass(kw_only=True)
 class JudgeSettings(Settings):
-    """Which judge scores the completions, and what it is shown."""
+    """Settings of the judge. An explanation of its calls opens judge_prompts.py."""
 
     _argument_group_name = "judge"
     judge_model: str = option(
@@ -184,6 +187,9 @@ class JudgeSettings(Settings):
 def stop(message):
     """End the program with one line that says what is wrong and what to do (exit status 1)."""
     raise SystemExit(f"exprl: {' '.join(message.split())}")
+
+
+report_once = cache(tqdm.write)  # prints each message only once
 
 
 def chunks(items, size):
@@ -229,7 +235,7 @@ def read_problem(record, needed):
         value = record.get(name, problem[name])
         problem[name] = "" if value is None else str(value).strip()
     if "####" in problem["answer"]:
-        solution, problem["answer"] = problem["answer"].split("#### ")
+        solution, problem["answer"] = re.split("#### *", problem["answer"])
         problem["reference"] = re.sub(r"<<.*?>>", "", solution).strip()  # <<3*4=12>>: calculator
     elif not problem["answer"] and r"\boxed" in problem["reference"]:
         problem["answer"] = str(parse(problem["reference"])[-1])  # parse gives [value, its text]
@@ -258,7 +264,7 @@ def load_problems(source, split, needed):
     try:
         for record in records:
             problems.append(read_problem(record, needed))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, IndexError) as error:
         stop(f"--data {source}, line {len(problems) + 1} is malformed: {error}")
     return problems
 
@@ -281,7 +287,6 @@ INSTRUCTION = (
     "Solve the problem by reasoning step by step. Start each step on a new line with ###. "
     r"End with the final answer in \boxed{}."
 )
-DATE = "1 January 2026"  # some templates print the date, and a run resumed tomorrow must not differ
 END_OF_TURN = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"]
 
 
@@ -299,8 +304,7 @@ def policy_prompt(tokenizer, question, instruction=INSTRUCTION):
         tokenize=False,
         add_generation_prompt=True,
         enable_thinking=False,  # Qwen3 would spend all its tokens on thoughts
-        date_string=DATE,
-        strftime_now=lambda _: DATE,
+        strftime_now=lambda _: "1 Jan 2026",  # no date: a run resumed tomorrow must not differ
     )
     return tokenizer(chat, add_special_tokens=False).input_ids  # the template wrote the BOS token
 
@@ -354,7 +358,7 @@ def load_policy(name, problems, sampling):
 def mixed_precision(model):
     """Return a context in which a CUDA device computes in bf16, from weights that stay float32.
 
-    Use one context around each forward computation: a context casts every weight once.
+    Put one context around each computation: within it, every trained weight is cast only once.
     """
     device = model.device.type
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -370,8 +374,7 @@ def completion_mask(tokens, eos_ids):
     >>> completion_mask(torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]]), {2}).int().tolist()
     [[1, 1, 0, 0], [1, 1, 1, 1]]
     """
-    ends = torch.tensor(sorted(eos_ids), dtype=tokens.dtype, device=tokens.device)
-    is_eos = torch.isin(tokens, ends).long()  # (B, T)
+    is_eos = torch.isin(tokens, tokens.new_tensor(sorted(eos_ids))).long()  # (B, T)
     n_eos_before = is_eos.cumsum(dim=1) - is_eos  # (B, T)
     return n_eos_before == 0
 
@@ -380,12 +383,13 @@ def pad(rows, side, device):
     """Pad B lists of token ids on one side -> (B, longest) ids, and (B, longest) bool mask."""
     tensors = [torch.tensor(row) for row in rows]
     padded = pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side=side)
-    return padded.clamp(min=0).to(device), (padded >= 0).to(device)
+    padded = padded.to(device)  # -1 marks padding, since every token id is at least 0
+    return padded.clamp(min=0), padded >= 0
 
 
 @dataclass
 class Completion:
-    """What the policy wrote about one problem. Later stages read it and never change it."""
+    """One sampled completion of one problem. Later stages read it and never change it."""
 
     problem: dict  # question, reference, answer, domain
     text: str
@@ -410,7 +414,7 @@ def read_completion(problem, prompt_ids, ids, tokenizer, eos_ids):
 
 @torch.no_grad()
 def sample(model, tokenizer, problems, n, batch_size):
-    """Sample n completions of each problem. Those of a problem follow each other in the result."""
+    """Sample n completions of each problem -> list of completions, problem after problem."""
     eos_ids = set(model.generation_config.eos_token_id)
     completions = []
     for batch in chunks([problem for problem in problems for _ in range(n)], batch_size):
@@ -429,33 +433,33 @@ def sample(model, tokenizer, problems, n, batch_size):
 # ---- Rewards: from the judge, or from the answer -------------------------------------------------
 @dataclass
 class Verdict:
-    """What one completion is rewarded with, and why."""
+    """The rewards of one completion, and the judge's texts behind them."""
 
-    rewards: list[float] | None  # 0..1, one per step or one in all; None if the judge failed
+    rewards: list[float] | None  # in 0..1: one per step, or one for the whole; None: judge failed
     rubric: str = ""
     replies: list[str] = ()  # what the judge wrote, call by call
 
 
 def check_answers(completions):
-    """The sparse reward: 1 for a correct answer and 0 otherwise. It needs no judge."""
+    """The sparse reward: 1 for a correct answer and 0 otherwise. It does not need a judge."""
     return [Verdict([float(completion.correct)]) for completion in completions]
 
 
 PATIENCE = 600.0  # seconds for which one call is tried again while the judge is unavailable
 PAUSE = 5.0  # seconds between two tries; in each of them, the client tries three times
 TRIES = 3  # replies asked for until one of them can be parsed
-WITHOUT_JUDGE = (
-    "(Set OPENAI_API_KEY, or give --judge-url http://HOST:PORT/v1 for a server of your own. Also "
-    """check --judge-model and --judge-options '{"temperature": 0, "max_tokens": 2048}'.)"""
+HELP = (
+    "(Check OPENAI_API_KEY, --judge-url http://HOST:PORT/v1, --judge-model and "
+    """--judge-options '{"temperature": 0, "max_tokens": 2048}'. Use --resume to continue a run.)"""
 )
 
 
 class Judge:
     """An LLM judge behind an OpenAI-compatible API. Calling it turns completions into verdicts.
 
-    Parsed replies are kept in RUN/../judge_cache.jsonl, which all runs of a folder share, and none
-    of them is paid for twice. `paid` counts the requests and tokens of this run, and
-    RUN/judge_calls.jsonl keeps that count through a kill. Stops if a first, small call fails.
+    Parsed replies are kept in RUN/../judge_cache.jsonl. All runs in the parent folder share this
+    file, so no reply is paid for twice. `paid` counts the requests and tokens of this run. A run
+    that was killed finds its count in RUN/judge_calls.jsonl. Stops if a first, small call fails.
     """
 
     def __init__(self, settings, method, out):
@@ -470,14 +474,13 @@ class Judge:
             self.paid.update(amounts)
         try:
             self.options = json.loads(settings.judge_options)
-            key = os.environ.get("OPENAI_API_KEY", "none").strip()
-            self.client = openai.OpenAI(
-                base_url=settings.judge_url or None, api_key=key, timeout=600, max_retries=2
-            )
+            key = (os.environ.get("OPENAI_API_KEY") or "none").strip()
+            # The client waits up to 600 seconds for a reply and tries three times.
+            self.client = openai.OpenAI(base_url=settings.judge_url or None, api_key=key)
             if not self.request([{"role": "user", "content": "Reply with the word ready."}], 0):
                 raise ValueError("its reply is empty: raise max_tokens or turn thinking off")
         except Exception as error:  # a malformed address, key or option raises all kinds
-            stop(f"{self.name} fails: {error} {WITHOUT_JUDGE}")
+            stop(f"{self.name} fails: {error} {HELP}")
 
     def __call__(self, completions):
         """Judge the completions of an iteration -> verdicts. Stops if most of them failed."""
@@ -492,7 +495,7 @@ class Judge:
         return verdicts
 
     def make_rubric(self, problem):
-        """Return (rubric, reply) of a problem: "" without rubrics, None if the rubric failed."""
+        """Return (rubric, reply). The rubric is "" with --rubric none, and None if it failed."""
         if self.settings.rubric == "none":
             return "", ""
         return self.ask(judge_prompts.judge_messages("rubric", problem), judge_prompts.parse_rubric)
@@ -501,8 +504,8 @@ class Judge:
         """Judge one completion, with as many calls as the kind of judge input needs -> Verdict.
 
         A completion without words gets the lowest score without a judge call. Under `outcome`, so
-        does a truncated completion. If a call fails, the rewards are None: a low score would punish
-        the policy for a failure of the judge.
+        does a truncated completion, since it has no answer. If a call fails, the rewards are None:
+        a low score would punish the policy for a failure of the judge.
         """
         rubric, rubric_reply = rubric_and_reply
         is_outcome = self.kind == "outcome"
@@ -522,37 +525,34 @@ class Judge:
         return Verdict([(score - 1) / 4 for score in scores], rubric, replies)
 
     def ask(self, messages, parse_reply):
-        """Return (parsed reply, reply) of one call, from the cache or from the judge.
+        """Return (parsed reply, reply) of one call. A malformed reply is asked for again.
 
-        The parsed reply is None if three replies in a row are malformed, or if the judge refuses
-        this text (it is too long, or moderation rejects it). Only parsed replies are kept.
+        The parsed reply is None if no reply could be parsed. Only parsed replies are kept.
         """
         call = json.dumps([self.settings.judge_model, self.options, messages])
         key = hashlib.sha256(call.encode()).hexdigest()
-        conversation = [*messages]
+        conversation, reply = [*messages], self.cache.get(key, "")
         for _ in range(TRIES):
-            try:
-                reply = self.cache.get(key) or self.request(conversation, PATIENCE)
-            except openai.APIStatusError as error:
-                return None, f"(refused: {error})"
-            parsed = parse_reply(reply)
-            if parsed is not None:
+            if parse_reply(reply) is not None:
                 break
-            conversation.append({"role": "assistant", "content": reply or "(empty)"})
-            conversation.append({"role": "user", "content": judge_prompts.ASK_AGAIN})
+            reply = self.request(conversation, PATIENCE)
+            conversation += judge_prompts.ask_again(reply)
         with self.lock:
-            if parsed is not None and key not in self.cache:
+            if parse_reply(reply) is not None and key not in self.cache:
                 self.cache[key] = reply
                 append_jsonl(self.cache_file, [{"key": key, "reply": reply}])
             reply = self.cache.get(key, reply)  # another thread may have been first
         return parse_reply(reply), reply
 
-    def request(self, messages, patience):
-        """Return the text of one reply without thoughts, or "" if the length limit cut it off.
+    # The rest of this class is transport and not part of the method.
 
-        The client itself waits and tries again if the judge is overloaded. This loop tries for
-        `patience` seconds more, then it stops the run. Wrong keys and model names stop it at once.
-        Raises APIStatusError if the judge refuses this text.
+    def request(self, messages, patience):
+        """Return the text of one reply, without thoughts.
+
+        Returns "" if the judge refuses this text (it is too long, or moderation rejects it), or if
+        the length limit cuts the reply off. The client itself waits and tries again if the judge is
+        overloaded. This loop tries for `patience` seconds more and then stops the run. A wrong key
+        or model name stops it at once.
         """
         end = time.monotonic() + patience
         while True:
@@ -563,18 +563,19 @@ class Judge:
                 )
                 choice = reply.choices[0]
                 break
-            except Exception as error:  # an error status, no connection, a page that is not a reply
-                status = getattr(error, "status_code", None)
+            except Exception as error:  # the API returned an error, or not a valid reply
+                status, trouble = getattr(error, "status_code", None), error.__cause__ or error
                 if status:
                     self.pay(judge_calls=-1)  # an error costs nothing
-                if status in (400, 403, 413, 422):
-                    raise
+                report_once(f"{self.name}: {trouble}")
+                if status in (400, 403, 413, 422) and patience:
+                    return ""
                 if status in (401, 402, 404) or time.monotonic() > end:
-                    stop(f"{self.name} is unavailable: {error}. Use --resume when it is back")
+                    stop(f"{self.name} is unavailable: {trouble} {HELP}")
             time.sleep(PAUSE)
-        if reply.usage:
-            self.pay(prompt_tokens=reply.usage.prompt_tokens)
-            self.pay(completion_tokens=reply.usage.completion_tokens)
+        usage = reply.usage
+        if usage:
+            self.pay(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
         if choice.finish_reason == "length":
             return ""  # the draft of a score is not a score
         return re.sub(r"^.*</think>|<think>.*", "", choice.message.content or "", flags=re.DOTALL)
@@ -590,8 +591,8 @@ class Judge:
 
 
 # ---- Advantages ----------------------------------------------------------------------------------
-def group_advantages(rewards: list[float | None], divide_by_std: bool = True) -> list[float]:
-    """The rewards of one problem's G completions -> advantages A = (s - mean) / (std + 1e-6).
+def group_advantages(rewards, divide_by_std=True):
+    """The rewards of a problem's G completions -> G advantages A = (s - mean) / (std + 1e-6).
 
     ExpRL-Outcome and GRPO with the sparse reward use it. std has the denominator n - 1. Without
     `divide_by_std`, A = s - mean. A reward is None where the judge failed: that completion is left
@@ -620,14 +621,15 @@ def step_advantages(step_rewards, norm):
     only completions that the judge could score. Raises ValueError for another norm.
 
     The formulas are the paper's. Delta rewards a step for the progress that it adds. A_1 subtracts
-    s_last because the other differences add up to s_last - s_1: the advantages of a completion sum
-    to 0, so that writing more steps gains nothing. (In the paper's released code a completion of
-    one step gets A = s_1, which rewards a policy for not writing steps. Here it gets 0.)
+    s_last because the other differences add up to s_last - s_1. Summed over its steps (not over its
+    tokens), the advantages of a completion are therefore 0, and writing more steps gains nothing.
+    (In the paper's released code a completion of one step gets A = s_1, which rewards a policy for
+    not writing steps. Here it gets 0.)
 
     Delta does not compare completions with each other. Rewards [1, 1, 1] and [0, 0, 0] both give
     [0, 0, 0], so nothing is learned from them. [0.25, 1] gives [-0.75, 0.75]: the weak first step
-    becomes less likely and the good second step more likely. A group has another use under delta:
-    among G attempts at a hard problem, some are likely to contain both good and bad steps.
+    becomes less likely and the good second step more likely. Under delta, a larger group only
+    raises the chance that some attempts contain both good and bad steps.
 
     >>> [step_advantages([[0.25, 1.0], [0.5]], norm) for norm in ("delta", "end", "group")]
     [[[-0.75, 0.75], [0.0]], [[-0.75, 1.0], [0.5]], [[-0.3125, 0.4375], [-0.0625]]]
@@ -645,19 +647,19 @@ def step_advantages(step_rewards, norm):
 def compute_advantages(rewards: list, training: TrainingSettings) -> list[list[float] | None]:
     """The rewards of all completions, group after group -> advantages of the same shape.
 
-    A completion whose reward is None (the judge failed) gets the advantage None: it is in no
-    baseline and in no loss.
+    A completion whose reward is None (the judge failed) gets the advantage None. The baselines and
+    the loss leave it out.
     """
     advantages = []
     for group in chunks(rewards, training.group_size):
-        judged = [reward for reward in group if reward is not None]
         if training.method == "process":
-            values = step_advantages(judged, training.process_norm)
+            judged = [steps for steps in group if steps is not None]
+            remaining = iter(step_advantages(judged, training.process_norm))
+            advantages += [None if steps is None else next(remaining) for steps in group]
         else:
-            outcomes = group_advantages([s[0] for s in judged], not training.no_std)
-            values = [[advantage] for advantage in outcomes]
-        remaining = iter(values)
-        advantages += [None if reward is None else next(remaining) for reward in group]
+            outcomes = [None if reward is None else reward[0] for reward in group]
+            values = group_advantages(outcomes, not training.no_std)
+            advantages += [None if s is None else [A] for s, A in zip(outcomes, values)]
     return advantages
 
 
@@ -665,15 +667,21 @@ def compute_advantages(rewards: list, training: TrainingSettings) -> list[list[f
 def completion_logits(model, prompt_ids, completion_ids):
     """(P,) prompt and (B, T) completions of it -> (B, T, V), the logits that predict each token.
 
+    The logits at one position predict the token at the next position. So the last logits of the
+    prompt predict the first token of a completion, and the logits at a completion's tokens predict
+    the tokens after them.
+
     The prompt runs through the model once. Its cache (keys and values) is then repeated for the B
-    completions, and gradients flow through it. The completions are padded on the right, so they
-    need neither a mask nor positions: a token attends only to tokens before it.
+    completions, and gradients flow through it. The model counts positions from the length of the
+    cache. An attention mask is not needed: padding comes after a completion, and causal attention
+    only looks back.
     """
     n_completions = len(completion_ids)
     prompt = model(prompt_ids[None], use_cache=True, logits_to_keep=1)
-    first = prompt.logits.expand(n_completions, 1, -1)  # (B, 1, V) predicts the first token
+    first = prompt.logits.expand(n_completions, 1, -1)  # (B, 1, V) predicts token 1
     prompt.cache.batch_repeat_interleave(n_completions)
-    following = model(completion_ids, cache=prompt.cache).logits  # (B, T, V) predicts the next ones
+    # `cache` was called past_key_values before version 5.24 of transformers.
+    following = model(completion_ids, cache=prompt.cache).logits  # (B, T, V) predicts 2, ..., T + 1
     return torch.cat([first, following[:, :-1]], dim=1)
 
 
@@ -712,7 +720,9 @@ def kl_to_initial(logp, logp_initial):
 
     k3 = r - 1 - log r, with r = pi_initial(y_t) / pi(y_t). It is never negative, because
     exp(x) >= 1 + x, and its mean over samples of the policy is the KL. Its gradient is
-    (1 - r) grad log pi, which in the mean is the gradient of KL(initial policy || policy).
+    (1 - r) grad log pi. The mean of grad log pi over samples of the policy is 0, and the mean of
+    r grad log pi is that of grad log pi over samples of the initial policy. So, in the mean, the
+    penalty follows the gradient of KL(initial policy || policy).
 
     >>> kl_to_initial(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -1.0]))
     tensor([0.0000, 0.3679])
@@ -729,9 +739,12 @@ class MicroBatch:
     prompt_ids: Tensor  # (P,)
     completion_ids: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool, True at the N tokens that were sampled
-    logp_initial: Tensor | None = None  # (N,) log-probs under the initial policy, for the KL
-    logp_old: Tensor | None = None  # (N,) log-probs under the policy that sampled
-    advantages: Tensor | None = None  # (N,)
+    logp_initial: Tensor | None = (
+        None  # (N,) under the initial policy; set if there is a KL penalty
+    )
+    logp_old: Tensor | None = None  # (N,) under the policy that sampled; set by grpo_loss
+    advantages: Tensor | None = None  # (N,); set by update, like is_judged
+    is_judged: Tensor | None = None  # (N,) bool, False where the judge failed
 
     def logprobs(self, model):
         """The log-probs of the sampled tokens under a model -> (N,)."""
@@ -753,13 +766,13 @@ def make_micro_batches(completions, size, device):
 @torch.no_grad()
 def add_initial_logprobs(initial, batches):
     """Let the initial policy read the micro-batches, for the KL penalty."""
-    for batch in batches:
-        with mixed_precision(initial):
+    with mixed_precision(initial):
+        for batch in batches:
             batch.logp_initial = batch.logprobs(initial)
 
 
 def spread_over_tokens(completion, advantages):
-    """Give each token the advantage of its step, or the only one there is -> list of T numbers."""
+    """Give each token the advantage of its step, or the completion's only one -> list of T."""
     if len(advantages) == 1:
         return advantages * len(completion.ids)
     spans = zip(advantages, completion.steps)
@@ -767,7 +780,7 @@ def spread_over_tokens(completion, advantages):
 
 
 def grpo_loss(model, batch, training):
-    """Return the loss of each sampled token (N,), and what is logged of each of them, (N,) too."""
+    """Return the loss of each sampled token, (N,), and a dictionary of (N,) tensors to log."""
     logp = batch.logprobs(model)  # (N,)
     if batch.logp_old is None:  # the weights have not moved since this policy sampled
         batch.logp_old = logp.detach()
@@ -782,35 +795,38 @@ def grpo_loss(model, batch, training):
 
 
 def update(model, optimizer, batches, advantages, training, loss=grpo_loss):
-    """Do the optimizer steps of an iteration -> means over the tokens of the last one, for the log.
+    """Do the optimizer steps of an iteration. Return means over the tokens of the last one, to log.
 
-    `advantages` has a list for each completion, in the order of the micro-batches, or None where
-    the judge failed: such a completion is in no loss. All other tokens have the same weight, one
-    divided by the number of tokens of the whole optimizer step. Averaging per completion would
-    punish each token of a long wrong answer less. Averaging per micro-batch would make the gradient
-    depend on how the completions are divided. Raises RuntimeError if the gradient is not finite.
+    `advantages` has a list for each completion, in the order of the micro-batches. It is None where
+    the judge failed, and the loss leaves that completion out. All other tokens have the same
+    weight: one divided by the number of tokens of the whole optimizer step. Averaging per
+    completion would punish each token of a long wrong answer less. Averaging per micro-batch would
+    make the gradient depend on how the completions are divided. Raises RuntimeError if the gradient
+    is not finite.
     """
     remaining = iter(advantages)
     for batch in batches:
-        spread = []
+        spread, judged = [], []
         for completion in batch.completions:
-            spread += spread_over_tokens(completion, next(remaining) or [math.nan])
-        batch.advantages = torch.tensor(spread, device=model.device)  # (N,), NaN: not judged
-    n_tokens = sum((~batch.advantages.isnan()).sum() for batch in batches)
+            values = next(remaining)
+            spread += spread_over_tokens(completion, values or [0.0])
+            judged += [values is not None] * len(completion.ids)
+        batch.advantages = torch.tensor(spread, device=model.device)  # (N,)
+        batch.is_judged = torch.tensor(judged, device=model.device)  # (N,)
+    n_tokens = sum(batch.is_judged.sum() for batch in batches)
     for _ in range(training.optimizer_steps):
         totals = Counter()
         for batch in batches:
             with mixed_precision(model):
                 losses, logged = loss(model, batch, training)  # (N,)
-            is_judged = ~batch.advantages.isnan()
-            (losses[is_judged].sum() / n_tokens).backward()
+            (losses[batch.is_judged].sum() / n_tokens).backward()
             for name, values in logged.items():
-                totals[name] += (values[is_judged].sum() / n_tokens).item()
+                totals[name] += (values[batch.is_judged].sum() / n_tokens).item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         totals["grad_norm"] = norm.item()
         optimizer.step()
         optimizer.zero_grad()
-    return totals
+    return dict(totals)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -820,16 +836,16 @@ MAY_CHANGE |= {"judge_url", "judge_threads", "max_judge_calls"}
 
 
 def open_run(out, settings):
-    """Prepare the folder of a run.
+    """Prepare the folder of a run. A run exists once its first iteration is logged.
 
     Refuses to overwrite an existing run unless --resume is given, and refuses to resume with
     different settings.
     """
-    file = out / "settings.json"
-    if file.exists() and not settings["resume"]:
+    file, exists = out / "settings.json", (out / "metrics.jsonl").exists()
+    if exists and not settings["resume"]:
         stop(f"{out} contains a run: add --resume to continue it, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
+    if not exists:
         file.write_text(json.dumps(settings, indent=1))
     before = json.loads(file.read_text())
     for name in settings.keys() - MAY_CHANGE:
@@ -838,14 +854,15 @@ def open_run(out, settings):
 
 
 def save_checkpoint(file, iteration, model, optimizer):
-    """Save what training needs to continue, completely or not at all."""
+    """Save the state of the training. A kill never leaves half a file."""
     state = {
         "iteration": iteration,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    torch.save(state, file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").replace(file)
+    temporary = file.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(file)
 
 
 def load_checkpoint(file, model, optimizer):
@@ -887,6 +904,7 @@ def check_sampler(model, prompt_ids):
     with mixed_precision(model):
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
         logits = completion_logits(model, prompt[0], out.sequences[:, -1:])[:, 0]  # (1, V)
+    # The scores are the logits after everything that `generate` does to them.
     error = out.scores[0] * model.generation_config.temperature - logits
     if not error.abs().max() < 0.5:  # bf16 is coarse, but a top_k makes the error infinite
         stop("`generate` does not sample from softmax(logits / temperature), which the loss trains")
@@ -895,7 +913,7 @@ def check_sampler(model, prompt_ids):
 def log(out, iteration, metrics, completions, verdicts, advantages, group_size):
     """Append an iteration's numbers to metrics.jsonl and its completions to rollouts.jsonl.
 
-    Returns the numbers. If the reward rises and the accuracy does not, it is reward hacking.
+    Returns the numbers. A reward that rises without the accuracy may be reward hacking.
     """
     known = [fmean(verdict.rewards) for verdict in verdicts if verdict.rewards is not None]
     correct = [c.correct for c in completions if c.correct is not None]
@@ -929,19 +947,20 @@ def train(
     loss=grpo_loss,
 ):
     """Train a model: sample, judge, advantage, update, log."""
-    # Each stage can be replaced by a function of the same signature (tests/tools/baselines.py). The
-    # stage `reward` turns completions into verdicts: the judge, or check_answers.
+    # The functions sample, reward, advantage and loss can be replaced by others of the same
+    # signature (see tests/tools/baselines.py). `reward` turns completions into verdicts.
     is_sparse = training.method == "sparse"
     needed = "answer" if is_sparse else "reference"
     problems = problems or load_problems(sampling.data, "train", needed)
     out = Path(training.out or f"runs/{training.method}")
-    open_run(out, asdict(training) | asdict(sampling) | asdict(judging))
+    open_run(out, vars(training) | vars(sampling) | vars(judging))
     if reward is None:
         reward = check_answers if is_sparse else Judge(judging, training.method, out)
     model, tokenizer = load_policy(training.model, problems, sampling)
     check_sampler(model, policy_prompt(tokenizer, problems[0]["question"]))
+    # The KL penalty refers to --model, so the copy is made before a checkpoint is loaded.
     initial = copy.deepcopy(model).requires_grad_(False) if training.kl else None
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))  # weight decay 0.01
     done = load_checkpoint(out / "checkpoint.pt", model, optimizer)
     background, stopping = ThreadPoolExecutor(1), stop_on_signal()
     bar = trange(done + 1, training.iterations + 1, desc=str(out))
@@ -949,7 +968,7 @@ def train(
         seed = sampling.seed * 1_000_003 + iteration  # a resumed run draws what it would have drawn
         torch.manual_seed(seed)
         n_problems = min(training.prompts_per_iteration, len(problems))
-        drawn = random.Random(seed).sample(problems, n_problems)
+        drawn = random.Random(seed).sample(problems, n_problems)  # anew in each iteration
         # 1. sample
         completions = sample(model, tokenizer, drawn, training.group_size, sampling.sample_batch)
         # 2. judge, while the initial policy reads the completions too
@@ -969,7 +988,7 @@ def train(
         metrics = log(
             out, iteration, metrics, completions, verdicts, advantages, training.group_size
         )
-        bar.set_postfix(reward=metrics["reward"], accuracy=metrics["accuracy"])
+        bar.set_postfix_str(f"reward {metrics['reward']:.3f}, accuracy {metrics['accuracy']:.3f}")
         is_last = iteration == training.iterations or stopping.is_set()
         if is_last or iteration % training.save_every == 0:
             save_checkpoint(out / "checkpoint.pt", iteration, model, optimizer)

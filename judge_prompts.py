@@ -1,4 +1,4 @@
-r"""What the judge of `exprl.py` is shown, and how its replies are read. Texts in, texts out.
+r"""The prompts of the judge, and the parsers of its replies. This file only handles texts.
 
 One judge call has two messages. The system message states the task, what to compare with, and the
 scale. It is the same for every completion of a domain, so that an API can serve it from its prompt
@@ -28,7 +28,7 @@ import hashlib
 import itertools
 import re
 
-# What differs from domain to domain:
+# Each domain has five texts:
 #   problem    what is attempted, with its article
 #   items      what a rubric lists ("Name the 2 to 6 ...")
 #   concrete   what each rubric item names
@@ -222,12 +222,14 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     r"""Split the T decoded tokens of a completion into steps: (start, end) spans that cover all T.
 
     A step starts at each line that begins with ### (not indented). If there is no such line, a step
-    starts after each blank line. A token that crosses the border between two steps belongs to the
-    later one. A part without any letter or digit joins a neighbour. There are at most MAX_STEPS
-    steps, and none if there are no tokens.
+    starts after each blank line. The text before the first border is a step too. A token that
+    crosses a border belongs to the later step. A part without any letter or digit joins a
+    neighbour. There are at most MAX_STEPS steps, and none if there are no tokens.
 
     >>> split_steps(["### ", "a", "=", "2", "\n", "### ", "b", "=", "3"])
     [(0, 5), (5, 9)]
+    >>> split_steps(["Hi", ".\n###", " a"])  # the token ".\n###" crosses the border
+    [(0, 1), (1, 3)]
     """
     text = "".join(pieces).rstrip()
     borders = [match.start() for match in re.finditer(r"^###", text, re.MULTILINE)]
@@ -284,7 +286,7 @@ def judge_messages(kind, row, rubric="", attempt=""):
 
 
 def judge_inputs(kind, steps):
-    """Return the texts that the judge is shown, a list for each call that one completion needs.
+    """Return one list of texts for each judge call that a completion needs.
 
     Under `outcome`, `steps` has the whole completion as its only text. The paper describes `prefix`
     and its released code does `alone`; both need one call per step. Our default is `together`,
@@ -303,13 +305,21 @@ def judge_inputs(kind, steps):
 
 
 def judge_calls(kind, row, rubric, steps):
-    """Return the messages of the judge calls that one completion needs, a list for each call."""
+    """Return the two messages of each judge call that a completion needs."""
     inputs = judge_inputs(kind, steps)
     return [judge_messages(kind, row, rubric, fence(texts)) for texts in inputs]
 
 
+def ask_again(reply):
+    """Return the two messages that continue a call whose reply could not be parsed."""
+    return [
+        {"role": "assistant", "content": reply or "(empty)"},
+        {"role": "user", "content": ASK_AGAIN},
+    ]
+
+
 def parse_rubric(reply):
-    """Return the 2 to 6 rubric items of a reply, one `- item` per line, or None for another number.
+    """Return the rubric items of a reply, one `- item` per line, or None if there are not 2 to 6.
 
     >>> parse_rubric("Here you are:\\n- x is 3\\n2) so y is 4")
     '- x is 3\\n- so y is 4'

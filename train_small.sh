@@ -14,13 +14,13 @@ cd "$(dirname "$0")"
 . tests/setup.sh
 
 heading() { printf '\n== %s\n' "$*"; }
-train() { "$python" exprl.py "$@"; }
+train() { "$python" exprl.py --data "$problems" --resume "$@" "${settings[@]}" "${sampling[@]}"; }
 evaluate() { "$python" tests/tools/evaluate.py "$@"; }
 
 if [ $# -eq 0 ] || [ "$1" = compare ]; then
   runs=${RUNS:-runs/toy} stage1=${STAGE1:-120} stage2=${STAGE2:-60} base=$runs/base problems=$runs/train.jsonl
   length=${LENGTH:-6}
-  export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1  # a model this small runs on one core
+  export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
   unset OPENAI_API_KEY OPENAI_BASE_URL
   sampling=(--temperature 1 --max-new-tokens $((10 * length)) --sample-batch 256)
   settings=(--lr 4e-4 --kl 0.02 --optimizer-steps 2 --micro-batch 64 --save-every 20 --clip-high 0.28)
@@ -43,12 +43,12 @@ if command -v flock >/dev/null; then
 fi
 
 if [ $# -eq 0 ]; then
-  heading "toy world: problems and base model ($runs); 4 to 5 minutes in all on 2 cores"
+  heading "toy world: problems and base model ($runs); about 5 minutes in all on 2 cores"
   [ -d "$base" ] || "$python" tests/toy/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}" --length "$length"
   rm -f "$runs/judge.url"
   "$python" tests/toy/toy_world.py judge --url-file "$runs/judge.url" &
-  judge_process=$!
-  trap 'kill $judge_process 2>/dev/null || true' EXIT
+  in_background=$!
+  trap 'kill $in_background 2>/dev/null || true' EXIT
   for _ in $(seq 300); do
     [ -f "$runs/judge.url" ] && break
     sleep 0.1
@@ -61,19 +61,26 @@ elif [ ! -f "$problems" ]; then
   evaluate --model "$base" --data "${TRAIN:-gsm8k}" --split train --problems "${TRAIN_PROBLEMS:-1000}" \
     --samples 4 --save-hard "$problems" --out "$runs/eval-train" "${sampling[@]}"
 fi
-settings+=(--data "$problems" --resume)
+control() { train --method sparse --model "$base" --out "$runs/sparse-only" --iterations $((stage1 + stage2)); }
 
 heading "1/5 the base model, on held-out problems"
 evaluate --model "$base" "${held_out[@]}" "${sampling[@]}"
+if [ $# -eq 0 ]; then  # the second core has nothing else to do
+  control >"$runs/sparse-only.log" 2>&1 &
+  control_process=$!
+  in_background="$in_background $control_process"
+fi
 heading "2/5 stage 1: ExpRL-Process, $stage1 iterations. The judge reads the references, the policy does not"
-train --method process --model "$base" --out "$runs/process" --iterations "$stage1" \
-  "${settings[@]}" "${sampling[@]}" "${judge[@]}"
+train --method process --model "$base" --out "$runs/process" --iterations "$stage1" "${judge[@]}"
 heading "3/5 stage 2: sparse reward, $stage2 iterations, from the model of stage 1"
-train --method sparse --model "$runs/process/final" --out "$runs/process-then-sparse" \
-  --iterations "$stage2" "${settings[@]}" "${sampling[@]}"
+train --method sparse --model "$runs/process/final" --out "$runs/process-then-sparse" --iterations "$stage2"
 heading "4/5 the control: sparse reward from the base model, $((stage1 + stage2)) iterations"
-train --method sparse --model "$base" --out "$runs/sparse-only" --iterations $((stage1 + stage2)) \
-  "${settings[@]}" "${sampling[@]}"
+if [ $# -eq 0 ]; then
+  echo "(it runs at the same time as the stages above; its output is in $runs/sparse-only.log)"
+  wait "$control_process" || { tail -n 3 "$runs/sparse-only.log" >&2; exit 1; }
+else
+  control
+fi
 heading "5/5 all of them, on held-out problems"
 evaluate --model "$base" "$runs/process/final" "$runs/process-then-sparse/final" \
   "$runs/sparse-only/final" "${held_out[@]}" "${sampling[@]}"
