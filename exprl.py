@@ -13,7 +13,7 @@ stages:
   3. advantage  The reward is s = (k - 1) / 4, which lies in 0..1.
                 Outcome: A = (s - mean) / std over the problem's G completions, for all tokens.
                 Process: A_t = s_t - s_(t-1) for the tokens of step t, and A_1 = s_1 - s_last, so
-                that the advantages of all steps sum to 0 and extra steps gain nothing.
+                that the advantages of all steps sum to 0: more steps alone gain nothing.
   4. update     PPO's clipped loss with these advantages, plus a small KL penalty that keeps the
                 policy close to the initial policy.
   5. log        Every number and every completion is written to disk.
@@ -26,9 +26,11 @@ are correct answers to reinforce.
   python exprl.py --model runs/process/final --method sparse --no-std --kl 0      # stage 2
   python tests/tools/evaluate.py --model Qwen2.5-0.5B runs/sparse/final           # pass@1, pass@k
 
-By default stage 1 makes up to 14,400 judge calls: 200 iterations of 8 problems x 8 completions, and
-one rubric per problem. GSM8K serves as the example because everybody knows it. Train on problems
-that your own model fails (evaluate.py finds them with --save-hard).
+By default stage 1 makes about 14,400 judge calls: one for each of 200 x 8 x 8 completions, and one
+for the rubric of each problem drawn. GSM8K serves as the example because everybody knows it. Train
+on problems that your own model fails (evaluate.py finds them with --save-hard).
+
+If you are here for the method, skim everything under a banner that says (plumbing).
 
 Words: a *problem* has a question, a *reference* (the hidden solution) and an answer. The policy
 gets a *prompt* and writes a *completion*, which is made of *steps*. The judge's *score* (1..5)
@@ -52,7 +54,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import MISSING, dataclass, field
 from functools import cache, partial
 from itertools import groupby
@@ -72,7 +73,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import judge_prompts
 
 
-# ---- Settings: every field is a flag of the command line -----------------------------------------
+# ---- Settings (plumbing): every field is a flag of the command line ------------------------------
 def option(default, meaning):
     """Make a dataclass field that HfArgumentParser turns into a flag with this help text."""
     return field(default=default, metadata={"help": meaning})
@@ -113,24 +114,24 @@ class TrainingSettings(Settings):
     )
     process_norm: Literal["delta", "end", "group"] = option(
         "delta",
-        "what the reward of a step is compared with. delta: the step before (the paper's main "
-        "choice). end: the last step. group: the mean of the group",
+        "the baseline of a step's reward. delta: the step before it (the paper's main choice). "
+        "end: the last step. group: the mean of the group",
     )
     no_std: bool = option(
-        False, "outcome, sparse: do not divide by the standard deviation (paper: in stage 2)"
+        False, "outcome, sparse: A = s - mean, without the division (the paper's stage 2)"
     )
     optimizer_steps: int = option(
         1, "passes over an iteration's completions; with 1, clipping has no effect (paper: 1 to 2)"
     )
     lr: float = option(
-        1e-6, "learning rate after 5 iterations of warm-up; short runs need more (paper: 1e-6)"
+        1e-6, "learning rate after 5 iterations of warm-up; raise it for a short run (paper: 1e-6)"
     )
     kl: float = option(
         0.001, "weight of the KL penalty; 0 saves memory (paper: 0.001, and 0 in stage 2)"
     )
-    clip_low: float = option(0.2, "the probability ratio is clipped at 1 - CLIP_LOW (paper: 0.2)")
+    clip_low: float = option(0.2, "lower clip of the probability ratio: 1 - CLIP_LOW (paper: 0.2)")
     clip_high: float = option(
-        0.26, "and at 1 + CLIP_HIGH (paper: 0.26 for process, 0.28 for outcome)"
+        0.26, "upper clip: 1 + CLIP_HIGH (paper: 0.26 for process, 0.28 for outcome)"
     )
     micro_batch: int = option(
         4, "completions in one backward pass; lower it if memory runs out, nothing else changes"
@@ -154,7 +155,7 @@ class SamplingSettings(Settings):
 
 @dataclass(kw_only=True)
 class JudgeSettings(Settings):
-    """Settings of the judge. An explanation of its calls opens judge_prompts.py."""
+    """Settings of the judge. The docstring of judge_prompts.py explains its calls."""
 
     _argument_group_name = "judge"
     judge_model: str = option(
@@ -164,14 +165,14 @@ class JudgeSettings(Settings):
         "", "address of the judge's API; if empty, OPENAI_BASE_URL, or else OpenAI's own"
     )
     judge_options: str = option(
-        '{"temperature": 0, "max_tokens": 2048}', "JSON object, sent with every call (paper: these)"
+        '{"temperature": 0, "max_tokens": 2048}', "JSON object, sent with every call (the paper's)"
     )
     judge_threads: int = option(32, "judge calls under way at the same time")
     judge_input: Literal["together", "prefix", "alone"] = option(
         "together",
-        "what one call of --method process shows. together: all steps, for a score each (our "
-        "choice, one call per completion). prefix: a step and the steps before it (the paper's "
-        "words). alone: a step (the paper's released code)",
+        "what the judge sees in one call under --method process. together: all steps, to score "
+        "each of them (ours: one call per completion). prefix: a step and the steps before it (the "
+        "paper's words). alone: one step (the paper's released code)",
     )
     rubric: Literal["reference", "none"] = option(
         "reference",
@@ -183,7 +184,7 @@ class JudgeSettings(Settings):
     )
 
 
-# ---- Messages and files --------------------------------------------------------------------------
+# ---- Messages and files (plumbing) ---------------------------------------------------------------
 def stop(message):
     """End the program with one line that says what is wrong and what to do (exit status 1)."""
     raise SystemExit(f"exprl: {' '.join(message.split())}")
@@ -207,12 +208,14 @@ def read_jsonl(path):
     """Read the dictionaries of a JSON-lines file. A line that a crash cut short is skipped."""
     records = []
     for line in path.open() if path.exists() else []:
-        with suppress(ValueError):
+        try:
             records.append(json.loads(line))
+        except ValueError:
+            continue
     return records
 
 
-# ---- Problems: dictionaries with question, reference, answer and domain --------------------------
+# ---- Problems (plumbing): dictionaries with question, reference, answer and domain ---------------
 DATASETS = {"gsm8k": "openai/gsm8k:main", "math": "DigitalLearningGmbH/MATH-lighteval"}
 
 
@@ -259,7 +262,7 @@ def load_problems(source, split, needed):
         else:
             name, _, config = DATASETS.get(source, source).partition(":")
             records = load_dataset(name, config or None, split=split)
-    except Exception as error:  # the errors of the hub share no class
+    except Exception as error:  # the hub's errors do not have a common base class
         stop(f"--data {source} cannot be loaded: {error}")
     try:
         for record in records:
@@ -293,8 +296,9 @@ END_OF_TURN = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"]
 def policy_prompt(tokenizer, question, instruction=INSTRUCTION):
     """Return everything that the policy sees, as a list of P token ids.
 
-    The policy never sees a reference, and this signature is the reason: prompts are made only here,
-    and only from a question. A model without a chat template gets plain text.
+    The policy never sees a reference. All prompts are made here, and training and evaluation pass
+    only a question. (With another instruction, baselines.py makes the prompt of a teacher.) A model
+    without a chat template gets plain text.
     """
     text = f"{instruction}\n\n{question}"
     if not tokenizer.chat_template:
@@ -312,8 +316,9 @@ def policy_prompt(tokenizer, question, instruction=INSTRUCTION):
 def end_tokens(tokenizer, model):
     """Return a list of the ids of the tokens that end a completion.
 
-    They are the eos tokens of the tokenizer and of the model's configuration, and the token after a
-    chat turn. Base models often configure only the first, although their template uses the last.
+    They are the eos tokens of the tokenizer and of the model's configuration, and the tokens that
+    chat templates write after a turn. Base models often do not configure the latter: Qwen2.5-0.5B
+    configures <|endoftext|>, and its template ends a turn with <|im_end|>.
     """
     ids = [tokenizer.get_vocab().get(token) for token in END_OF_TURN] + [tokenizer.eos_token_id]
     configured = model.generation_config.eos_token_id
@@ -332,7 +337,7 @@ def load_policy(name, problems, sampling):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except Exception as error:  # the errors of the hub share no class
+    except Exception as error:  # the hub's errors do not have a common base class
         stop(f"--model {name} is neither a model folder nor a model on the hub: {error}")
     longest = max(len(policy_prompt(tokenizer, problem["question"])) for problem in problems)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
@@ -358,7 +363,7 @@ def load_policy(name, problems, sampling):
 def mixed_precision(model):
     """Return a context in which a CUDA device computes in bf16, from weights that stay float32.
 
-    Put one context around each computation: within it, every trained weight is cast only once.
+    Use a new context for each forward pass. Within it, every trained weight is cast only once.
     """
     device = model.device.type
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -368,8 +373,8 @@ def mixed_precision(model):
 def completion_mask(tokens, eos_ids):
     """(B, T) completion ids -> (B, T) bool, True up to and including the first eos token.
 
-    Do not use `tokens != pad` instead. The pad token may be the eos token, and then no policy would
-    learn to stop.
+    Do not use `tokens != pad` instead. The pad token may be the eos token. The mask would then drop
+    the eos token, and the policy would never learn to stop.
 
     >>> completion_mask(torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]]), {2}).int().tolist()
     [[1, 1, 0, 0], [1, 1, 1, 1]]
@@ -394,7 +399,7 @@ class Completion:
     problem: dict  # question, reference, answer, domain
     text: str
     step_texts: list[str]
-    steps: list  # (start, end) spans of `ids`
+    steps: list  # (start, end) spans of `ids`, which cover all of them
     correct: bool | None  # None if the problem has no answer to compare with
     truncated: bool  # it reached the length cap before an eos token
     prompt_ids: list[int]  # P token ids
@@ -405,7 +410,8 @@ def read_completion(problem, prompt_ids, ids, tokenizer, eos_ids):
     """Decode token ids, split them into steps and check the answer -> Completion."""
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     text = decode(ids)
-    steps = judge_prompts.split_steps([decode([token]) for token in ids])
+    pieces = [decode([token]) for token in ids]  # singly, so that steps are spans of tokens
+    steps = judge_prompts.split_steps(pieces)
     step_texts = [decode(ids[start:end]) for start, end in steps]
     correct = is_correct(text, problem["answer"]) if problem["answer"] else None
     truncated = ids[-1] not in eos_ids
@@ -445,9 +451,9 @@ def check_answers(completions):
     return [Verdict([float(completion.correct)]) for completion in completions]
 
 
-PATIENCE = 600.0  # seconds for which one call is tried again while the judge is unavailable
-PAUSE = 5.0  # seconds between two tries; in each of them, the client tries three times
-TRIES = 3  # replies asked for until one of them can be parsed
+PATIENCE = 600.0  # seconds for which a call is tried again while the judge is unavailable
+PAUSE = 5.0  # seconds between two tries. In each of them, the client sends up to three requests
+TRIES = 3  # a call fails after this many replies that cannot be parsed
 HELP = (
     "(Check OPENAI_API_KEY, --judge-url http://HOST:PORT/v1, --judge-model and "
     """--judge-options '{"temperature": 0, "max_tokens": 2048}'. Use --resume to continue a run.)"""
@@ -458,8 +464,9 @@ class Judge:
     """An LLM judge behind an OpenAI-compatible API. Calling it turns completions into verdicts.
 
     Parsed replies are kept in RUN/../judge_cache.jsonl. All runs in the parent folder share this
-    file, so no reply is paid for twice. `paid` counts the requests and tokens of this run. A run
-    that was killed finds its count in RUN/judge_calls.jsonl. Stops if a first, small call fails.
+    file, so no reply is paid for twice. `paid` counts the requests and tokens of this run. A
+    resumed run reads its earlier count from RUN/judge_calls.jsonl. Stops if a first, small call
+    fails.
     """
 
     def __init__(self, settings, method, out):
@@ -479,11 +486,11 @@ class Judge:
             self.client = openai.OpenAI(base_url=settings.judge_url or None, api_key=key)
             if not self.request([{"role": "user", "content": "Reply with the word ready."}], 0):
                 raise ValueError("its reply is empty: raise max_tokens or turn thinking off")
-        except Exception as error:  # a malformed address, key or option raises all kinds
+        except Exception as error:  # a malformed address, key or option raises many classes
             stop(f"{self.name} fails: {error} {HELP}")
 
     def __call__(self, completions):
-        """Judge the completions of an iteration -> verdicts. Stops if most of them failed."""
+        """Return the verdicts on the completions of an iteration. Stops if most of them failed."""
         problems = {c.problem["question"]: c.problem for c in completions}
         with ThreadPoolExecutor(self.settings.judge_threads) as threads:
             rubrics = dict(zip(problems, threads.map(self.make_rubric, problems.values())))
@@ -495,7 +502,7 @@ class Judge:
         return verdicts
 
     def make_rubric(self, problem):
-        """Return (rubric, reply). The rubric is "" with --rubric none, and None if it failed."""
+        """Return (rubric, reply). The rubric is "" with --rubric none, None if the judge failed."""
         if self.settings.rubric == "none":
             return "", ""
         return self.ask(judge_prompts.judge_messages("rubric", problem), judge_prompts.parse_rubric)
@@ -503,9 +510,9 @@ class Judge:
     def judge(self, completion, rubric_and_reply):
         """Judge one completion, with as many calls as the kind of judge input needs -> Verdict.
 
-        A completion without words gets the lowest score without a judge call. Under `outcome`, so
-        does a truncated completion, since it has no answer. If a call fails, the rewards are None:
-        a low score would punish the policy for a failure of the judge.
+        A completion without words gets the lowest score without a judge call. Under `outcome`, a
+        truncated completion also gets it, since it did not finish. If a call fails, the rewards are
+        None: a low score would punish the policy for a failure of the judge.
         """
         rubric, rubric_reply = rubric_and_reply
         is_outcome = self.kind == "outcome"
@@ -525,9 +532,10 @@ class Judge:
         return Verdict([(score - 1) / 4 for score in scores], rubric, replies)
 
     def ask(self, messages, parse_reply):
-        """Return (parsed reply, reply) of one call. A malformed reply is asked for again.
+        """Return (parsed reply, reply) of one call, from the cache or from the judge.
 
-        The parsed reply is None if no reply could be parsed. Only parsed replies are kept.
+        If a reply cannot be parsed, the judge is asked again, up to TRIES times in all. Then the
+        parsed reply is None. Only replies that can be parsed are kept in the cache.
         """
         call = json.dumps([self.settings.judge_model, self.options, messages])
         key = hashlib.sha256(call.encode()).hexdigest()
@@ -544,7 +552,7 @@ class Judge:
             reply = self.cache.get(key, reply)  # another thread may have been first
         return parse_reply(reply), reply
 
-    # The rest of this class is transport and not part of the method.
+    # -- The rest of this class is plumbing: transport, retries and the bill.
 
     def request(self, messages, patience):
         """Return the text of one reply, without thoughts.
@@ -565,10 +573,10 @@ class Judge:
                 break
             except Exception as error:  # the API returned an error, or not a valid reply
                 status, trouble = getattr(error, "status_code", None), error.__cause__ or error
-                if status:
-                    self.pay(judge_calls=-1)  # an error costs nothing
+                if type(error) is not openai.APITimeoutError:
+                    self.pay(judge_calls=-1)  # other errors cost nothing
                 report_once(f"{self.name}: {trouble}")
-                if status in (400, 403, 413, 422) and patience:
+                if status in (400, 403, 413, 422) and patience:  # not in the first, small call
                     return ""
                 if status in (401, 402, 404) or time.monotonic() > end:
                     stop(f"{self.name} is unavailable: {trouble} {HELP}")
@@ -621,20 +629,20 @@ def step_advantages(step_rewards, norm):
     only completions that the judge could score. Raises ValueError for another norm.
 
     The formulas are the paper's. Delta rewards a step for the progress that it adds. A_1 subtracts
-    s_last because the other differences add up to s_last - s_1. Summed over its steps (not over its
-    tokens), the advantages of a completion are therefore 0, and writing more steps gains nothing.
-    (In the paper's released code a completion of one step gets A = s_1, which rewards a policy for
-    not writing steps. Here it gets 0.)
+    s_last because the other differences add up to s_last - s_1. Summed over its steps, the
+    advantages of a completion are therefore 0, and more steps alone gain nothing. (The loss then
+    weighs each step by its tokens.) In the paper's released code a completion of one step gets
+    A = s_1, which rewards a policy for not writing steps. Here it gets 0.
 
     Delta does not compare completions with each other. Rewards [1, 1, 1] and [0, 0, 0] both give
-    [0, 0, 0], so nothing is learned from them. [0.25, 1] gives [-0.75, 0.75]: the weak first step
-    becomes less likely and the good second step more likely. Under delta, a larger group only
+    [0, 0, 0], and only the KL penalty acts on them. [0.25, 1] gives [-0.75, 0.75]: the weak first
+    step becomes less likely and the good second step more likely. Under delta, a larger group only
     raises the chance that some attempts contain both good and bad steps.
 
     >>> [step_advantages([[0.25, 1.0], [0.5]], norm) for norm in ("delta", "end", "group")]
     [[[-0.75, 0.75], [0.0]], [[-0.75, 1.0], [0.5]], [[-0.3125, 0.4375], [-0.0625]]]
     """
-    if norm == "delta":  # for the first step, s[t - 1] is s[-1], the last one
+    if norm == "delta":  # at t = 0, s[t - 1] is s[-1], the reward of the last step
         return [[s[t] - s[t - 1] for t in range(len(s))] for s in step_rewards]
     if norm == "end":
         return [[reward - s[-1] for reward in s[:-1]] + s[-1:] for s in step_rewards]
@@ -647,8 +655,8 @@ def step_advantages(step_rewards, norm):
 def compute_advantages(rewards: list, training: TrainingSettings) -> list[list[float] | None]:
     """The rewards of all completions, group after group -> advantages of the same shape.
 
-    A completion whose reward is None (the judge failed) gets the advantage None. The baselines and
-    the loss leave it out.
+    A completion whose reward is None (the judge failed) gets the advantage None. The mean of its
+    group and the loss leave it out.
     """
     advantages = []
     for group in chunks(rewards, training.group_size):
@@ -667,9 +675,9 @@ def compute_advantages(rewards: list, training: TrainingSettings) -> list[list[f
 def completion_logits(model, prompt_ids, completion_ids):
     """(P,) prompt and (B, T) completions of it -> (B, T, V), the logits that predict each token.
 
-    The logits at one position predict the token at the next position. So the last logits of the
-    prompt predict the first token of a completion, and the logits at a completion's tokens predict
-    the tokens after them.
+    The logits at a token predict the token after it:
+
+        the last prompt token -> y_1    y_1 -> y_2    ...    y_(T-1) -> y_T    y_T -> (dropped)
 
     The prompt runs through the model once. Its cache (keys and values) is then repeated for the B
     completions, and gradients flow through it. The model counts positions from the length of the
@@ -678,10 +686,10 @@ def completion_logits(model, prompt_ids, completion_ids):
     """
     n_completions = len(completion_ids)
     prompt = model(prompt_ids[None], use_cache=True, logits_to_keep=1)
-    first = prompt.logits.expand(n_completions, 1, -1)  # (B, 1, V) predicts token 1
+    first = prompt.logits.expand(n_completions, 1, -1)  # (B, 1, V) predicts y_1
+    # Older versions of transformers call this cache past_key_values.
     prompt.cache.batch_repeat_interleave(n_completions)
-    # `cache` was called past_key_values before version 5.24 of transformers.
-    following = model(completion_ids, cache=prompt.cache).logits  # (B, T, V) predicts 2, ..., T + 1
+    following = model(completion_ids, cache=prompt.cache).logits  # (B, T, V) predicts the others
     return torch.cat([first, following[:, :-1]], dim=1)
 
 
@@ -693,7 +701,7 @@ def token_logprobs(model, prompt_ids, completion_ids, temperature):
     """
     logits = completion_logits(model, prompt_ids, completion_ids)  # (B, T, V)
     rows = []
-    for row, ids in zip(logits, completion_ids, strict=True):  # singly: float32 copies are large
+    for row, ids in zip(logits, completion_ids):  # one by one, since float32 copies are large
         logp = torch.log_softmax(row.float() / temperature, dim=-1)  # (T, V)
         rows.append(logp.gather(1, ids[:, None])[:, 0])  # (T,)
     return torch.stack(rows)
@@ -719,10 +727,13 @@ def kl_to_initial(logp, logp_initial):
     """The k3 estimate of KL(policy || initial policy) at each sampled token: (N,) -> (N,), in nats.
 
     k3 = r - 1 - log r, with r = pi_initial(y_t) / pi(y_t). It is never negative, because
-    exp(x) >= 1 + x, and its mean over samples of the policy is the KL. Its gradient is
-    (1 - r) grad log pi. The mean of grad log pi over samples of the policy is 0, and the mean of
-    r grad log pi is that of grad log pi over samples of the initial policy. So, in the mean, the
-    penalty follows the gradient of KL(initial policy || policy).
+    r - 1 >= log r. Its mean over samples of the policy is the KL. Its gradient, however, is in the
+    mean that of the reverse KL:
+
+        grad k3                = (1 - r) grad log pi
+        E_pi[grad log pi]      = 0
+        E_pi[r grad log pi]    = E_initial[grad log pi]
+        so E_pi[grad k3]       = -E_initial[grad log pi] = grad KL(initial policy || policy)
 
     >>> kl_to_initial(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -1.0]))
     tensor([0.0000, 0.3679])
@@ -765,14 +776,14 @@ def make_micro_batches(completions, size, device):
 
 @torch.no_grad()
 def add_initial_logprobs(initial, batches):
-    """Let the initial policy read the micro-batches, for the KL penalty."""
+    """Compute the log-probs of the micro-batches under the initial policy, for the KL penalty."""
     with mixed_precision(initial):
         for batch in batches:
             batch.logp_initial = batch.logprobs(initial)
 
 
 def spread_over_tokens(completion, advantages):
-    """Give each token the advantage of its step, or the completion's only one -> list of T."""
+    """Give each token the advantage of its step, or the completion's single one -> list of T."""
     if len(advantages) == 1:
         return advantages * len(completion.ids)
     spans = zip(advantages, completion.steps)
@@ -782,12 +793,12 @@ def spread_over_tokens(completion, advantages):
 def grpo_loss(model, batch, training):
     """Return the loss of each sampled token, (N,), and a dictionary of (N,) tensors to log."""
     logp = batch.logprobs(model)  # (N,)
-    if batch.logp_old is None:  # the weights have not moved since this policy sampled
+    if batch.logp_old is None:  # the first pass: logp belongs to the policy that sampled
         batch.logp_old = logp.detach()
     loss = policy_loss(
         logp, batch.logp_old, batch.advantages, training.clip_low, training.clip_high
     )
-    logged = {"entropy": -batch.logp_old}  # the mean of -log pi over samples
+    logged = {"entropy": -batch.logp_old}  # its mean over sampled tokens estimates the entropy
     if batch.logp_initial is not None:
         logged["kl"] = kl_to_initial(logp, batch.logp_initial)
         loss = loss + training.kl * logged["kl"]
@@ -797,8 +808,8 @@ def grpo_loss(model, batch, training):
 def update(model, optimizer, batches, advantages, training, loss=grpo_loss):
     """Do the optimizer steps of an iteration. Return means over the tokens of the last one, to log.
 
-    `advantages` has a list for each completion, in the order of the micro-batches. It is None where
-    the judge failed, and the loss leaves that completion out. All other tokens have the same
+    `advantages` has one entry per completion, in the order of the micro-batches. An entry is None
+    where the judge failed, and the loss leaves that completion out. All other tokens have the same
     weight: one divided by the number of tokens of the whole optimizer step. Averaging per
     completion would punish each token of a long wrong answer less. Averaging per micro-batch would
     make the gradient depend on how the completions are divided. Raises RuntimeError if the gradient
@@ -829,7 +840,7 @@ def update(model, optimizer, batches, advantages, training, loss=grpo_loss):
     return dict(totals)
 
 
-# ---- Training ------------------------------------------------------------------------------------
+# ---- Run folder (plumbing) -----------------------------------------------------------------------
 # These settings may change when a run is resumed, since what is learned does not depend on them.
 MAY_CHANGE = {"resume", "iterations", "out", "save_every", "micro_batch"}
 MAY_CHANGE |= {"judge_url", "judge_threads", "max_judge_calls"}
@@ -868,14 +879,14 @@ def save_checkpoint(file, iteration, model, optimizer):
 def load_checkpoint(file, model, optimizer):
     """Continue from a checkpoint, if there is one, and return the number of iterations done.
 
-    Iterations after the checkpoint run again and are logged again. The last record of an iteration
-    counts.
+    Iterations after the checkpoint run again and are logged again. Readers of the logs have to use
+    the last record of an iteration.
     """
     if not file.exists():
         return 0
     try:
         state = torch.load(file, map_location="cpu")
-    except Exception as error:  # torch raises all kinds for a damaged file
+    except Exception as error:  # a damaged file raises many classes
         stop(f"{file} cannot be read ({error}): delete it and use --resume to start over")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -896,9 +907,13 @@ def stop_on_signal():
     return event
 
 
+# ---- Training ------------------------------------------------------------------------------------
 @torch.no_grad()
 def check_sampler(model, prompt_ids):
-    """Stop unless `generate` samples from the distribution whose log-probs the loss trains."""
+    """Stop if `generate` samples another distribution than the one whose log-probs are trained.
+
+    One token of one prompt shows whether the model's own top_k or penalties still act.
+    """
     prompt = torch.tensor([prompt_ids], device=model.device)  # (1, P)
     options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
     with mixed_precision(model):
@@ -965,13 +980,13 @@ def train(
     background, stopping = ThreadPoolExecutor(1), stop_on_signal()
     bar = trange(done + 1, training.iterations + 1, desc=str(out))
     for iteration in bar:
-        seed = sampling.seed * 1_000_003 + iteration  # a resumed run draws what it would have drawn
+        seed = sampling.seed * 1_000_003 + iteration  # a resumed run draws the same again
         torch.manual_seed(seed)
         n_problems = min(training.prompts_per_iteration, len(problems))
-        drawn = random.Random(seed).sample(problems, n_problems)  # anew in each iteration
+        drawn = random.Random(seed).sample(problems, n_problems)
         # 1. sample
         completions = sample(model, tokenizer, drawn, training.group_size, sampling.sample_batch)
-        # 2. judge, while the initial policy reads the completions too
+        # 2. judge in the background, while the initial policy computes its log-probs
         pending = background.submit(reward, completions)
         batches = make_micro_batches(completions, training.micro_batch, model.device)
         if initial:
@@ -999,7 +1014,7 @@ def train(
     print(f"trained model: {out / 'final'}; to look at it: python tests/tools/report.py {out}")
 
 
-# ---- Command line --------------------------------------------------------------------------------
+# ---- Command line (plumbing) ---------------------------------------------------------------------
 def run_command(command, settings_classes, argv):
     """Call a command with the settings that its flags give. Wrong flags end the program."""
     parser = HfArgumentParser(settings_classes, description=command.__doc__, allow_abbrev=False)

@@ -29,7 +29,7 @@ import itertools
 import re
 
 # Each domain has five texts:
-#   problem    what is attempted, with its article
+#   problem    the name of the task, with "a" or "an"
 #   items      what a rubric lists ("Name the 2 to 6 ...")
 #   concrete   what each rubric item names
 #   compare    how to compare with the reference
@@ -204,8 +204,7 @@ does not depend on one particular route. Write nothing but the list, one checkpo
 
 ASK_AGAIN = r"""Your reply does not have the form that was asked for. Answer again, in exactly
 that form: a score is a whole number from 1 to 5, with nothing after it on its line; checkpoints
-are 2 to 6 lines that begin with a dash; words of an attempt stand on a line that begins with the
-number of their checkpoint."""
+are 2 to 6 lines that begin with a dash."""
 
 
 def system_message(kind, domain, has_reference):
@@ -223,8 +222,9 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
 
     A step starts at each line that begins with ### (not indented). If there is no such line, a step
     starts after each blank line. The text before the first border is a step too. A token that
-    crosses a border belongs to the later step. A part without any letter or digit joins a
-    neighbour. There are at most MAX_STEPS steps, and none if there are no tokens.
+    crosses a border belongs to the later step. A border is dropped if the step before it, or all
+    the text after it, has no letter or digit. There are at most MAX_STEPS steps, and none if there
+    are no tokens.
 
     >>> split_steps(["### ", "a", "=", "2", "\n", "### ", "b", "=", "3"])
     [(0, 5), (5, 9)]
@@ -235,12 +235,13 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     borders = [match.start() for match in re.finditer(r"^###", text, re.MULTILINE)]
     if not borders:
         borders = [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]
-    piece_ends = list(itertools.accumulate(map(len, pieces)))  # in characters
-    starts = [0]  # in tokens
+    char_ends = list(itertools.accumulate(map(len, pieces)))  # where each token ends in the text
+    has_words = re.compile(r"\w").search
+    starts = [0]  # counted in tokens
     for border in borders:
-        start = bisect.bisect(piece_ends, border)  # the token that contains the border
+        start = bisect.bisect(char_ends, border)  # the first token that ends after the border
         before, after = "".join(pieces[starts[-1] : start]), "".join(pieces[start:])
-        if re.search(r"\w", before) and re.search(r"\w", after):
+        if has_words(before) and has_words(after):
             starts.append(start)
     starts = starts[:MAX_STEPS]
     spans = zip(starts, [*starts[1:], len(pieces)])
@@ -349,7 +350,7 @@ def parse_score(reply: str, label: str = "Score") -> int | None:
 
 
 def parse_scores(reply, kind, n_steps):
-    """Return the scores that a reply to a call has to contain, or None if one is missing.
+    """Return the required scores of a reply, or None if one of them is missing.
 
     >>> parse_scores("Step 1: 2\\nStep 2: 5", "together", 2), parse_scores("Score: 3", "prefix", 2)
     ([2, 5], [3])
