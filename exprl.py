@@ -2,8 +2,8 @@ r"""ExpRL in one script: reinforcement learning on problems that the model canno
 
 RL with a sparse reward needs a correct answer now and then. On hard problems there is none, so
 there is nothing to reinforce. ExpRL (Exploratory RL, arXiv 2606.17024) uses the reference solution
-of each problem as a scaffold for the reward. The policy never sees it. One iteration has five
-stages:
+of each problem as a scaffold for the reward. The policy never sees this solution. One iteration of
+the training loop has five parts:
 
   1. sample     The policy writes G completions of each problem. It sees only the question.
   2. judge      An LLM behind an API turns each reference into a rubric, a list of 2 to 6 items,
@@ -18,9 +18,9 @@ stages:
                 policy close to the initial policy.
   5. log        Every number and every completion is written to disk.
 
-This is stage 1, which the paper calls RL mid-training. Stage 2 runs the same loop from the model of
-stage 1 with the sparse reward (--method sparse): 1 for a correct answer and 0 otherwise. Now there
-are correct answers to reinforce.
+Training with the judge's reward is stage 1, which the paper calls RL mid-training. Stage 2 runs the
+same loop from the model of stage 1 with the sparse reward (--method sparse): 1 for a correct answer
+and 0 otherwise. Now there are correct answers to reinforce.
 
   python exprl.py --model Qwen2.5-0.5B                                            # stage 1 on GSM8K
   python exprl.py --model runs/process/final --method sparse --no-std --kl 0      # stage 2
@@ -35,7 +35,7 @@ If you are here for the method, skim everything under a banner that says (plumbi
 Words: a *problem* has a question, a *reference* (the hidden solution) and an answer. The policy
 gets a *prompt* and writes a *completion*, which is made of *steps*. The judge's *score* (1..5)
 becomes a *reward* (0..1), and the reward becomes an *advantage*. The *initial* policy is the model
-before training. One pass through the five stages is an *iteration*.
+before training. The G completions of one problem are a *group*.
 
 Shapes: B completions, P prompt tokens, T completion tokens with padding, V vocabulary. N counts the
 tokens that the policy sampled, without padding: the loss works on flat (N,) tensors.
@@ -99,9 +99,7 @@ class TrainingSettings(Settings):
     _argument_group_name = "training"
     model: str = option(MISSING, "a hub id, a folder (RUN/final), or the bare name of a Qwen model")
     method: Literal["process", "outcome", "sparse"] = option(
-        "process",
-        "process: the judge scores every step. outcome: the judge scores the whole completion. "
-        "sparse: 1 for a correct answer and 0 otherwise, without a judge (stage 2)",
+        "process", "a score per step, a score per completion, or correct or not (stage 2, no judge)"
     )
     out: str = option("", "run folder; if empty, runs/METHOD")
     resume: bool = option(False, "continue the run in --out, if there is one")
@@ -110,12 +108,10 @@ class TrainingSettings(Settings):
         8, "problems in one iteration; more make the gradient less noisy (paper: 32 to 36)"
     )
     group_size: int = option(
-        8, "G, the completions of a problem; more for harder problems (paper: 10 to 16)"
+        8, "G, the completions of a problem; use more for harder problems (paper: 10 to 16)"
     )
     process_norm: Literal["delta", "end", "group"] = option(
-        "delta",
-        "the baseline of a step's reward. delta: the step before it (the paper's main choice). "
-        "end: the last step. group: the mean of the group",
+        "delta", "a step's baseline: the step before (the paper's choice), the last step, the group"
     )
     no_std: bool = option(
         False, "outcome, sparse: A = s - mean, without the division (the paper's stage 2)"
@@ -162,7 +158,7 @@ class JudgeSettings(Settings):
         "gpt-4.1-mini", "name of the judge at its API (paper: Qwen3-4B-Instruct-2507)"
     )
     judge_url: str = option(
-        "", "address of the judge's API; if empty, OPENAI_BASE_URL, or else OpenAI's own"
+        "", "address of the judge's API; the default is OPENAI_BASE_URL, or else OpenAI's address"
     )
     judge_options: str = option(
         '{"temperature": 0, "max_tokens": 2048}', "JSON object, sent with every call (the paper's)"
@@ -175,9 +171,7 @@ class JudgeSettings(Settings):
         "paper's words). alone: one step (the paper's released code)",
     )
     rubric: Literal["reference", "none"] = option(
-        "reference",
-        "reference: the judge first turns each reference into a rubric, one call per problem "
-        "(the paper's words). none: no rubric (the paper's released code)",
+        "reference", "a rubric made from the reference (the paper's words), or none (its code)"
     )
     max_judge_calls: int = option(
         0, "stop when the run has paid for this many judge calls; 0: no limit"
@@ -340,7 +334,7 @@ def load_policy(name, problems, sampling):
     except Exception as error:  # the hub's errors do not have a common base class
         stop(f"--model {name} is neither a model folder nor a model on the hub: {error}")
     longest = max(len(policy_prompt(tokenizer, problem["question"])) for problem in problems)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    context = getattr(model.config, "max_position_embeddings", math.inf)
     if longest + sampling.max_new_tokens > context:
         stop(f"lower --max-new-tokens: the prompt needs {longest} of the model's {context} tokens")
     # Make `generate` sample from softmax(logits / temperature), whose log-probs the loss trains. A
@@ -363,7 +357,8 @@ def load_policy(name, problems, sampling):
 def mixed_precision(model):
     """Return a context in which a CUDA device computes in bf16, from weights that stay float32.
 
-    Use a new context for each forward pass. Within it, every trained weight is cast only once.
+    PyTorch keeps the bf16 copies of trained weights until the context ends. So one context goes
+    around each computation, and the copies never outlive an optimizer step.
     """
     device = model.device.type
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -436,23 +431,9 @@ def sample(model, tokenizer, problems, n, batch_size):
     return completions
 
 
-# ---- Rewards: from the judge, or from the answer -------------------------------------------------
-@dataclass
-class Verdict:
-    """The rewards of one completion, and the judge's texts behind them."""
-
-    rewards: list[float] | None  # in 0..1: one per step, or one for the whole; None: judge failed
-    rubric: str = ""
-    replies: list[str] = ()  # what the judge wrote, call by call
-
-
-def check_answers(completions):
-    """The sparse reward: 1 for a correct answer and 0 otherwise. It does not need a judge."""
-    return [Verdict([float(completion.correct)]) for completion in completions]
-
-
-PATIENCE = 600.0  # seconds for which a call is tried again while the judge is unavailable
-PAUSE = 5.0  # seconds between two tries. In each of them, the client sends up to three requests
+# ---- Judge client (plumbing): how a call travels, is cached and is paid for ----------------------
+PATIENCE = 600.0  # a call is tried again for this many seconds while the judge is unavailable
+PAUSE = 5.0  # seconds between two tries
 TRIES = 3  # a call fails after this many replies that cannot be parsed
 HELP = (
     "(Check OPENAI_API_KEY, --judge-url http://HOST:PORT/v1, --judge-model and "
@@ -460,13 +441,13 @@ HELP = (
 )
 
 
-class Judge:
-    """An LLM judge behind an OpenAI-compatible API. Calling it turns completions into verdicts.
+class JudgeClient:
+    """The connection to an LLM judge behind an OpenAI-compatible API, with a cache and a bill.
 
-    Parsed replies are kept in RUN/../judge_cache.jsonl. All runs in the parent folder share this
-    file, so no reply is paid for twice. `paid` counts the requests and tokens of this run. A
-    resumed run reads its earlier count from RUN/judge_calls.jsonl. Stops if a first, small call
-    fails.
+    Replies that can be parsed are kept in RUN/../judge_cache.jsonl, and no kept reply is paid for
+    twice. All runs in the parent folder share this file. `paid` counts the requests and tokens of
+    this run. A resumed run reads its earlier count from RUN/judge_calls.jsonl. Stops if a first,
+    small call fails.
     """
 
     def __init__(self, settings, method, out):
@@ -475,27 +456,112 @@ class Judge:
         self.kind = settings.judge_input if method == "process" else "outcome"
         self.cache_file, self.bill = out.parent / "judge_cache.jsonl", out / "judge_calls.jsonl"
         self.cache, self.paid = {}, Counter()
-        for record in read_jsonl(self.cache_file):
-            self.cache.setdefault(record["key"], record["reply"])  # the first line of a key counts
         for amounts in read_jsonl(self.bill):
             self.paid.update(amounts)
         try:
             self.options = json.loads(settings.judge_options)
             key = (os.environ.get("OPENAI_API_KEY") or "none").strip()
-            # The client waits up to 600 seconds for a reply and tries three times.
-            self.client = openai.OpenAI(base_url=settings.judge_url or None, api_key=key)
-            if not self.request([{"role": "user", "content": "Reply with the word ready."}], 0):
+            # The client waits 600 seconds for a reply. Retries are ours, so that each is counted.
+            self.client = openai.OpenAI(
+                base_url=settings.judge_url or None, api_key=key, max_retries=0
+            )
+            if not self.request([{"role": "user", "content": "Reply with the word ready."}], PAUSE):
                 raise ValueError("its reply is empty: raise max_tokens or turn thinking off")
         except Exception as error:  # a malformed address, key or option raises many classes
             stop(f"{self.name} fails: {error} {HELP}")
 
+    def ask(self, messages, parse_reply):
+        """Return (parsed reply, reply) of one call, from the cache or from the judge.
+
+        If a reply cannot be parsed, the judge is asked again, up to TRIES times in all. Then the
+        parsed reply is None. Only replies that can be parsed are kept in the cache.
+        """
+        call = json.dumps([self.settings.judge_model, self.options, messages])
+        key = hashlib.sha256(call.encode()).hexdigest()
+        conversation, reply = [*messages], self.cache.get(key, "")
+        for _ in range(TRIES):
+            if parse_reply(reply) is not None:
+                break
+            reply = self.request(conversation, PATIENCE)
+            conversation += judge_prompts.ask_again(reply)
+        with self.lock:
+            if parse_reply(reply) is not None and key not in self.cache:
+                self.cache[key] = reply
+                append_jsonl(self.cache_file, [{"key": key, "reply": reply}])
+            reply = self.cache.get(key, reply)  # another thread may have been first
+        return parse_reply(reply), reply
+
+    def request(self, messages, patience):
+        """Return the text of one reply, without thoughts.
+
+        Returns "" if the judge refuses this text (it is too long, or moderation rejects it), or if
+        the length limit cuts the reply off. If the judge is unavailable, the request is sent again.
+        The run stops when no call was begun for `patience` seconds. A wrong key or model name stops
+        it at once.
+        """
+        self.end = time.monotonic() + patience  # for all threads: a new call is a sign of life
+        while True:
+            self.pay(judge_calls=1)
+            try:
+                reply = self.client.chat.completions.create(
+                    model=self.settings.judge_model, messages=messages, **self.options
+                )
+                choice, usage = reply.choices[0], reply.usage
+                text = choice.message.content or ""
+                if usage:
+                    self.pay(prompt_tokens=usage.prompt_tokens or 0)
+                    self.pay(completion_tokens=usage.completion_tokens or 0)
+                if choice.finish_reason == "length":
+                    return ""  # a truncated reply may contain a provisional score
+                return re.sub(r"^.*</think>|<think>.*", "", text, flags=re.DOTALL)
+            except Exception as error:  # the API returned an error, or not a valid reply
+                status = getattr(error, "status_code", None)
+                if type(error) is not openai.APITimeoutError:
+                    self.pay(judge_calls=-1)  # other errors cost nothing
+                report_once(f"{self.name}: {error}")
+                if status in (400, 403, 413, 422) and patience > PAUSE:  # not in the first call
+                    return ""
+                if status in (401, 402, 404) or time.monotonic() > self.end:
+                    stop(f"{self.name} is unavailable: {error} {HELP}")
+            time.sleep(PAUSE)
+
+    def pay(self, **amounts):
+        """Add to what this run has paid, in memory and on disk. Stops at --max-judge-calls."""
+        limit = self.settings.max_judge_calls
+        with self.lock:
+            if 0 < limit < self.paid["judge_calls"] + amounts.get("judge_calls", 0):
+                stop(f"--max-judge-calls {limit} is reached: raise it and use --resume")
+            self.paid.update(amounts)
+            append_jsonl(self.bill, [amounts])
+
+
+# ---- Rewards: from the judge, or from the answer -------------------------------------------------
+@dataclass
+class Verdict:
+    """The rewards of one completion, and the judge's texts behind them."""
+
+    rewards: list[float] | None  # in 0..1: one per step, or one for the whole; None: judge failed
+    rubric: str = ""
+    replies: list[str] = ()  # the judge's replies, one per call
+
+
+def check_answers(completions):
+    """The sparse reward: 1 for a correct answer and 0 otherwise. It does not need a judge."""
+    return [Verdict([float(completion.correct)]) for completion in completions]
+
+
+class Judge(JudgeClient):
+    """An LLM judge. Calling it turns the completions of an iteration into verdicts."""
+
     def __call__(self, completions):
-        """Return the verdicts on the completions of an iteration. Stops if most of them failed."""
+        """Return a verdict for each completion. Stops if most of the verdicts failed."""
+        for record in read_jsonl(self.cache_file):  # other runs may have added to it
+            self.cache.setdefault(record["key"], record["reply"])  # the first line of a key counts
         problems = {c.problem["question"]: c.problem for c in completions}
         with ThreadPoolExecutor(self.settings.judge_threads) as threads:
             rubrics = dict(zip(problems, threads.map(self.make_rubric, problems.values())))
-            given = [rubrics[c.problem["question"]] for c in completions]
-            verdicts = list(threads.map(self.judge, completions, given))
+            rubric_of_each = [rubrics[c.problem["question"]] for c in completions]
+            verdicts = list(threads.map(self.judge, completions, rubric_of_each))
         failed = [verdict.replies for verdict in verdicts if verdict.rewards is None]
         if len(failed) > len(verdicts) / 2:
             stop(f"{self.name} failed on most completions. Its last reply: {failed[-1][-1]}")
@@ -531,72 +597,6 @@ class Judge:
             scores += new_scores
         return Verdict([(score - 1) / 4 for score in scores], rubric, replies)
 
-    def ask(self, messages, parse_reply):
-        """Return (parsed reply, reply) of one call, from the cache or from the judge.
-
-        If a reply cannot be parsed, the judge is asked again, up to TRIES times in all. Then the
-        parsed reply is None. Only replies that can be parsed are kept in the cache.
-        """
-        call = json.dumps([self.settings.judge_model, self.options, messages])
-        key = hashlib.sha256(call.encode()).hexdigest()
-        conversation, reply = [*messages], self.cache.get(key, "")
-        for _ in range(TRIES):
-            if parse_reply(reply) is not None:
-                break
-            reply = self.request(conversation, PATIENCE)
-            conversation += judge_prompts.ask_again(reply)
-        with self.lock:
-            if parse_reply(reply) is not None and key not in self.cache:
-                self.cache[key] = reply
-                append_jsonl(self.cache_file, [{"key": key, "reply": reply}])
-            reply = self.cache.get(key, reply)  # another thread may have been first
-        return parse_reply(reply), reply
-
-    # -- The rest of this class is plumbing: transport, retries and the bill.
-
-    def request(self, messages, patience):
-        """Return the text of one reply, without thoughts.
-
-        Returns "" if the judge refuses this text (it is too long, or moderation rejects it), or if
-        the length limit cuts the reply off. The client itself waits and tries again if the judge is
-        overloaded. This loop tries for `patience` seconds more and then stops the run. A wrong key
-        or model name stops it at once.
-        """
-        end = time.monotonic() + patience
-        while True:
-            self.pay(judge_calls=1)
-            try:
-                reply = self.client.chat.completions.create(
-                    model=self.settings.judge_model, messages=messages, **self.options
-                )
-                choice = reply.choices[0]
-                break
-            except Exception as error:  # the API returned an error, or not a valid reply
-                status, trouble = getattr(error, "status_code", None), error.__cause__ or error
-                if type(error) is not openai.APITimeoutError:
-                    self.pay(judge_calls=-1)  # other errors cost nothing
-                report_once(f"{self.name}: {trouble}")
-                if status in (400, 403, 413, 422) and patience:  # not in the first, small call
-                    return ""
-                if status in (401, 402, 404) or time.monotonic() > end:
-                    stop(f"{self.name} is unavailable: {trouble} {HELP}")
-            time.sleep(PAUSE)
-        usage = reply.usage
-        if usage:
-            self.pay(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
-        if choice.finish_reason == "length":
-            return ""  # the draft of a score is not a score
-        return re.sub(r"^.*</think>|<think>.*", "", choice.message.content or "", flags=re.DOTALL)
-
-    def pay(self, **amounts):
-        """Add to what this run has paid, in memory and on disk. Stops at --max-judge-calls."""
-        limit = self.settings.max_judge_calls
-        with self.lock:
-            if 0 < limit < self.paid["judge_calls"] + amounts.get("judge_calls", 0):
-                stop(f"--max-judge-calls {limit} is reached: raise it and use --resume")
-            self.paid.update(amounts)
-            append_jsonl(self.bill, [amounts])
-
 
 # ---- Advantages ----------------------------------------------------------------------------------
 def group_advantages(rewards, divide_by_std=True):
@@ -628,16 +628,20 @@ def step_advantages(step_rewards, norm):
     None of them divides by a standard deviation. The result has the shape of the argument. Pass
     only completions that the judge could score. Raises ValueError for another norm.
 
-    The formulas are the paper's. Delta rewards a step for the progress that it adds. A_1 subtracts
-    s_last because the other differences add up to s_last - s_1. Summed over its steps, the
-    advantages of a completion are therefore 0, and more steps alone gain nothing. (The loss then
-    weighs each step by its tokens.) In the paper's released code a completion of one step gets
-    A = s_1, which rewards a policy for not writing steps. Here it gets 0.
+    The formulas are the paper's. Delta rewards a step for the progress that it adds:
 
-    Delta does not compare completions with each other. Rewards [1, 1, 1] and [0, 0, 0] both give
-    [0, 0, 0], and only the KL penalty acts on them. [0.25, 1] gives [-0.75, 0.75]: the weak first
-    step becomes less likely and the good second step more likely. Under delta, a larger group only
-    raises the chance that some attempts contain both good and bad steps.
+        [0.25, 1]    -> [-0.75, 0.75]     the weak first step becomes less likely
+        [0.75, 1, 1] -> [-0.25, 0.25, 0]  so does a good first step, if the ending is better
+        [1, 1, 1]    -> [0, 0, 0]         no step adds anything, and only the KL penalty acts
+        [0, 0, 0]    -> [0, 0, 0]         likewise
+
+    A_1 subtracts s_last because the other differences add up to s_last - s_1. The sum over the
+    steps is then 0, so that more steps alone gain nothing. (The loss counts tokens, so the sum over
+    tokens need not be 0.) In the paper's released code a completion of one step gets A = s_1 under
+    delta, which rewards a policy for not writing steps. Here it gets 0.
+
+    Delta does not compare completions with each other. A larger group only raises the chance that
+    some attempts at a hard problem contain both good and bad steps.
 
     >>> [step_advantages([[0.25, 1.0], [0.5]], norm) for norm in ("delta", "end", "group")]
     [[[-0.75, 0.75], [0.0]], [[-0.75, 1.0], [0.5]], [[-0.3125, 0.4375], [-0.0625]]]
@@ -655,19 +659,20 @@ def step_advantages(step_rewards, norm):
 def compute_advantages(rewards: list, training: TrainingSettings) -> list[list[float] | None]:
     """The rewards of all completions, group after group -> advantages of the same shape.
 
-    A completion whose reward is None (the judge failed) gets the advantage None. The mean of its
-    group and the loss leave it out.
+    A completion whose reward is None (the judge failed) gets the advantage None. It counts neither
+    in the mean of its group nor in the loss.
     """
-    advantages = []
-    for group in chunks(rewards, training.group_size):
+    advantages = [None] * len(rewards)
+    for group in chunks(range(len(rewards)), training.group_size):
+        judged = [i for i in group if rewards[i] is not None]
+        known = [rewards[i] for i in judged]
         if training.method == "process":
-            judged = [steps for steps in group if steps is not None]
-            remaining = iter(step_advantages(judged, training.process_norm))
-            advantages += [None if steps is None else next(remaining) for steps in group]
+            values = step_advantages(known, training.process_norm)
         else:
-            outcomes = [None if reward is None else reward[0] for reward in group]
-            values = group_advantages(outcomes, not training.no_std)
-            advantages += [None if s is None else [A] for s, A in zip(outcomes, values)]
+            outcomes = group_advantages([reward[0] for reward in known], not training.no_std)
+            values = [[advantage] for advantage in outcomes]
+        for i, value in zip(judged, values):
+            advantages[i] = value
     return advantages
 
 
@@ -679,16 +684,16 @@ def completion_logits(model, prompt_ids, completion_ids):
 
         the last prompt token -> y_1    y_1 -> y_2    ...    y_(T-1) -> y_T    y_T -> (dropped)
 
-    The prompt runs through the model once. Its cache (keys and values) is then repeated for the B
-    completions, and gradients flow through it. The model counts positions from the length of the
-    cache. An attention mask is not needed: padding comes after a completion, and causal attention
-    only looks back.
+    The prompt runs through the model once. Its cache (keys and values, past_key_values in older
+    versions of transformers) is then repeated for the B completions, and gradients flow through it.
+    The model counts positions from the length of the cache. An attention mask is not needed: the
+    prompt is not padded, the padding of a completion comes last, and causal attention only looks
+    back.
     """
     n_completions = len(completion_ids)
     prompt = model(prompt_ids[None], use_cache=True, logits_to_keep=1)
     first = prompt.logits.expand(n_completions, 1, -1)  # (B, 1, V) predicts y_1
-    # Older versions of transformers call this cache past_key_values.
-    prompt.cache.batch_repeat_interleave(n_completions)
+    prompt.cache.batch_repeat_interleave(n_completions)  # (1, heads, P, d) -> (B, heads, P, d)
     following = model(completion_ids, cache=prompt.cache).logits  # (B, T, V) predicts the others
     return torch.cat([first, following[:, :-1]], dim=1)
 
@@ -726,14 +731,17 @@ def policy_loss(logp, logp_old, advantages, clip_low, clip_high):
 def kl_to_initial(logp, logp_initial):
     """The k3 estimate of KL(policy || initial policy) at each sampled token: (N,) -> (N,), in nats.
 
-    k3 = r - 1 - log r, with r = pi_initial(y_t) / pi(y_t). It is never negative, because
-    r - 1 >= log r. Its mean over samples of the policy is the KL. Its gradient, however, is in the
-    mean that of the reverse KL:
+    k3 = r - 1 - log r, with r = pi_initial(y_t) / pi(y_t), is the third estimator in a note by
+    Schulman (2020). It is never negative, because r - 1 >= log r. Its mean over samples of the
+    policy is KL(policy || initial policy). The samples are fixed when we take the gradient, and
+    then the mean of the gradient belongs to the KL in the other direction:
 
-        grad k3                = (1 - r) grad log pi
-        E_pi[grad log pi]      = 0
-        E_pi[r grad log pi]    = E_initial[grad log pi]
-        so E_pi[grad k3]       = -E_initial[grad log pi] = grad KL(initial policy || policy)
+        grad k3             = (1 - r) grad log pi
+        E_pi[grad log pi]   = 0
+        E_pi[r grad log pi] = E_initial[grad log pi]
+        E_pi[grad k3]       = -E_initial[grad log pi] = grad KL(initial policy || policy)
+
+    Both KLs are 0 only where the two policies agree, so the penalty does its work.
 
     >>> kl_to_initial(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -1.0]))
     tensor([0.0000, 0.3679])
@@ -783,7 +791,7 @@ def add_initial_logprobs(initial, batches):
 
 
 def spread_over_tokens(completion, advantages):
-    """Give each token the advantage of its step, or the completion's single one -> list of T."""
+    """Give each token the advantage of its step, or the completion's only advantage -> list."""
     if len(advantages) == 1:
         return advantages * len(completion.ids)
     spans = zip(advantages, completion.steps)
@@ -841,7 +849,7 @@ def update(model, optimizer, batches, advantages, training, loss=grpo_loss):
 
 
 # ---- Run folder (plumbing) -----------------------------------------------------------------------
-# These settings may change when a run is resumed, since what is learned does not depend on them.
+# These settings may change when a run is resumed. They do not affect what is learned.
 MAY_CHANGE = {"resume", "iterations", "out", "save_every", "micro_batch"}
 MAY_CHANGE |= {"judge_url", "judge_threads", "max_judge_calls"}
 
@@ -910,9 +918,9 @@ def stop_on_signal():
 # ---- Training ------------------------------------------------------------------------------------
 @torch.no_grad()
 def check_sampler(model, prompt_ids):
-    """Stop if `generate` samples another distribution than the one whose log-probs are trained.
+    """Stop if `generate` does not sample from the distribution that the loss uses.
 
-    One token of one prompt shows whether the model's own top_k or penalties still act.
+    The first token of one prompt shows whether a top_k or a penalty of the model still acts.
     """
     prompt = torch.tensor([prompt_ids], device=model.device)  # (1, P)
     options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
@@ -943,10 +951,10 @@ def log(out, iteration, metrics, completions, verdicts, advantages, group_size):
         "length": fmean(len(c.ids) for c in completions),
     } | metrics
     append_jsonl(out / "metrics.jsonl", [metrics])
-    records = []
-    for completion, verdict, values in zip(completions, verdicts, advantages):
-        record = {"iteration": iteration, "advantages": values}
-        records.append(record | vars(verdict) | vars(completion))
+    records = [
+        {"iteration": iteration, "advantages": values} | vars(verdict) | vars(completion)
+        for completion, verdict, values in zip(completions, verdicts, advantages)
+    ]
     append_jsonl(out / "rollouts.jsonl", records)
     return metrics
 
@@ -982,8 +990,8 @@ def train(
     for iteration in bar:
         seed = sampling.seed * 1_000_003 + iteration  # a resumed run draws the same again
         torch.manual_seed(seed)
-        n_problems = min(training.prompts_per_iteration, len(problems))
-        drawn = random.Random(seed).sample(problems, n_problems)
+        shuffled = random.Random(seed).sample(problems, len(problems))
+        drawn = shuffled[: training.prompts_per_iteration]
         # 1. sample
         completions = sample(model, tokenizer, drawn, training.group_size, sampling.sample_batch)
         # 2. judge in the background, while the initial policy computes its log-probs

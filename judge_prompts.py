@@ -18,7 +18,7 @@ checkpoint is a saved training state and nothing else. Change a text only with c
 two wordings cannot be compared, and `tests/tools/calibrate.py` has to be run again.
 
 To add a domain, add its five texts to DOMAINS. They fill the {fields} of the templates below.
-Braces inside a text that fills a field stay as they are, because each template is filled only once.
+A brace in an inserted text is not read as a field, because each template is filled only once.
 
 All texts are raw strings. In an ordinary string "\boxed" is a backspace followed by "oxed".
 """
@@ -239,7 +239,7 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     has_words = re.compile(r"\w").search
     starts = [0]  # counted in tokens
     for border in borders:
-        start = bisect.bisect(char_ends, border)  # the first token that ends after the border
+        start = bisect.bisect(char_ends, border)  # the number of tokens that end before the border
         before, after = "".join(pieces[starts[-1] : start]), "".join(pieces[start:])
         if has_words(before) and has_words(after):
             starts.append(start)

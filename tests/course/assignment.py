@@ -1,13 +1,13 @@
 """The project as an assignment: a folder to hand out, and a grader for what comes back.
 
-    python tests/assignment.py make OUT [--only FUNCTION ...]
-    python tests/assignment.py grade FOLDER [FOLDER ...] [--out grades.csv] [--only FUNCTION ...]
+    python tests/course/assignment.py make OUT [--only FUNCTION ...]
+    python tests/course/assignment.py grade FOLDER ... [--out grades.csv] [--only FUNCTION ...]
 
-`make` writes the script with the bodies of the graded functions taken out, public tests, the toy
-world, and a README of six problems and two open questions. `grade` puts each graded function of
-each folder, in a process of its own (sandbox.py), to the test of what must be true of it
-(properties.py): points only if all is true, and otherwise the first thing that is not, in a
-student's words.
+`make` writes a folder with the project's code, public tests, the toy world, and a README of six
+problems and two open questions. The bodies of the graded functions are missing from the code.
+`grade` runs each graded function of each folder in a process of its own (sandbox.py) and checks its
+properties (properties.py). A function gets its points only if it has all of them. Otherwise the
+grader names the first property that it lacks, in a student's words.
 """
 
 import argparse
@@ -21,27 +21,29 @@ from pathlib import Path
 
 from jinja2 import StrictUndefined, Template
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
-HANDED_OUT = ["exprl.py", "judge_prompts.py", "requirements.txt", "train_small.sh"]
-HANDED_OUT += [
-    f"tests/{name}"
-    for name in (
-        "attempts.py",
-        "baselines.py",
-        "calibrate.py",
-        "compare.py",
-        "report.py",
-        "setup.sh",
-        "test_public.py",
-        "toy_world.py",
-    )
+COURSE = Path(__file__).resolve().parent
+ROOT = COURSE.parents[1]
+HANDED_OUT = [
+    "exprl.py",
+    "judge_prompts.py",
+    "requirements.txt",
+    "train_small.sh",
+    "tests/setup.sh",
+    "tests/course/test_public.py",
+    "tests/tools/attempts.py",
+    "tests/tools/baselines.py",
+    "tests/tools/calibrate.py",
+    "tests/tools/evaluate.py",
+    "tests/tools/quotes.py",
+    "tests/tools/report.py",
+    "tests/toy/compare.py",
+    "tests/toy/toy_world.py",
 ]
 
 
 @dataclass(frozen=True)
 class Function:
-    """A graded function: the file that holds it, and its points."""
+    """A graded function, its points, and the module that contains it."""
 
     name: str
     points: int
@@ -59,18 +61,21 @@ PROBLEMS = {
         Function("token_logprobs", 6),
     ],
     "A judge that cannot be talked into a 5": [
-        Function("parse_score", 7),
+        Function("parse_score", 7, "judge_prompts"),
         Function("fence", 4, "judge_prompts"),
         Function("judge_messages", 4, "judge_prompts"),
     ],
-    "Steps and their advantages": [Function("split_steps", 8), Function("step_advantages", 8)],
-    "Group advantages, and judgements that failed": [Function("group_advantages", 10)],
+    "Steps and their advantages": [
+        Function("split_steps", 8, "judge_prompts"),
+        Function("step_advantages", 8),
+    ],
+    "Group advantages, and failures of the judge": [Function("group_advantages", 10)],
     "The clipped loss and the KL": [
         Function("policy_loss", 8),
-        Function("kl_to_reference", 4),
-        Function("reverse_kl", 4, "tests.baselines"),
+        Function("kl_to_initial", 4),
+        Function("reverse_kl", 4, "tests.tools.baselines"),
     ],
-    "pass@k": [Function("pass_at_k", 5)],
+    "pass@k": [Function("pass_at_k", 5, "tests.tools.evaluate")],
 }
 FUNCTIONS = [function for functions in PROBLEMS.values() for function in functions]
 
@@ -81,10 +86,10 @@ def stop(message: str) -> None:
 
 
 def chosen(only: list[str]) -> list[Function]:
-    """The functions of these names, or all; stops at a name that is none of theirs."""
+    """The graded functions of these names, or all of them. Stops at an unknown name."""
     names = [function.name for function in FUNCTIONS]
     if unknown := [name for name in only if name not in names]:
-        stop(f"no graded function is called {' or '.join(unknown)}: there are {', '.join(names)}")
+        stop(f"no graded function is called {' or '.join(unknown)}: choose from {', '.join(names)}")
     return [function for function in FUNCTIONS if not only or function.name in only]
 
 
@@ -98,7 +103,7 @@ def find_functions(source: str) -> dict[str, ast.FunctionDef]:
 
 
 def blank(source: str, names: list[str]) -> str:
-    """The source with the bodies of these functions taken out; signature and docstring stay."""
+    """The source without the bodies of these functions. Signatures and docstrings stay."""
     lines, nodes = source.splitlines(keepends=True), find_functions(source)
     for node in sorted((nodes[name] for name in names), key=lambda node: -node.lineno):
         lines[node.body[0].end_lineno : node.end_lineno] = ["    raise NotImplementedError\n"]
@@ -109,12 +114,12 @@ def make(args: argparse.Namespace) -> None:
     """Write a folder to hand out."""
     functions, out = chosen(args.only), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        stop(f"{out} is there and not empty: give a new folder, so that nobody's work is lost")
-    (out / "tests").mkdir(parents=True, exist_ok=True)
+        stop(f"{out} exists and is not empty: give a new folder, so that nobody's work is lost")
     for name in HANDED_OUT:
         source = (ROOT / name).read_text(encoding="utf-8")
         if names := [function.name for function in functions if function.file == name]:
             source = blank(source, names)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(source, encoding="utf-8")
     lines = {}
     for function in functions:
@@ -126,14 +131,16 @@ def make(args: argparse.Namespace) -> None:
         if (part := [function for function in all_of_it if function in functions])
     ]
     template = Template(
-        (TESTS / "assignment.md").read_text(encoding="utf-8"),
+        (COURSE / "assignment.md").read_text(encoding="utf-8"),
         undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     page = template.render(problems=problems, lines=lines, points=sum(f.points for f in functions))
     (out / "README.md").write_text(page, encoding="utf-8")
     print(f"{out}: {len(functions)} functions to write, {sum(f.points for f in functions)} points")
     only = " ".join(["--only", *args.only]) if args.only else ""
-    print(f"grade what comes back: python tests/assignment.py grade FOLDER ... {only}".rstrip())
+    print(
+        f"grade what comes back: python tests/course/assignment.py grade FOLDER ... {only}".rstrip()
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,8 +148,10 @@ def make(args: argparse.Namespace) -> None:
 
 
 def grade_function(folder: Path, function: Function, args: argparse.Namespace) -> tuple:
-    """(what is wrong with a function, or "", whether its file could be imported at all)."""
-    from properties import PROPERTIES, first_failure  # not above: no submission may hold them
+    """Return what is wrong with a function, or "", and whether its file could be imported."""
+    # These imports are not at the top, because a submission's process imports this file, and must
+    # not contain the properties.
+    from properties import PROPERTIES, first_failure
     from sandbox import Failed, There
 
     limits = (args.seconds, args.memory, args.seed)
@@ -174,17 +183,17 @@ def grade_submission(folder: Path, functions: list[Function], args) -> list[dict
 
 
 def printable(text: str) -> str:
-    """The text without what would move the cursor, or break a line."""
+    """The text without characters that move the cursor or break a line."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def save(rows: list[dict], path: Path) -> None:
-    """The rows as CSV, and as JSON beside it; the file that is there stays until all is written."""
+    """Write the rows as CSV and as JSON. An existing file stays until the new one is complete."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        # a spreadsheet takes what begins with one of these for a formula
+        # a spreadsheet reads a cell as a formula if it begins with one of these
         writer.writerows(
             {k: f"'{v}" if str(v)[:1] in set("=+-@\t") else v for k, v in row.items()}
             for row in rows
@@ -195,17 +204,17 @@ def save(rows: list[dict], path: Path) -> None:
 
 
 def grade(args: argparse.Namespace) -> None:
-    """Grade folders; prints a line for each function, and keeps the rows after each folder."""
+    """Grade folders. Prints a line for each function, and saves the rows after each folder."""
     functions, rows, out = chosen(args.only), [], Path(args.out)
     folders = list(map(Path, dict.fromkeys(args.folder)))  # each once
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
-        stop(f"there is no folder {', '.join(missing)}")
+        stop(f"no folder {', '.join(missing)}")
     if args.out and out.suffix != ".csv":
-        stop(f"--out {out}: give a name that ends with .csv; the JSON file is written beside it")
+        stop(f"--out {out}: give a name that ends with .csv (the JSON file gets the same name)")
     if args.out and (out.is_dir() or not os.access(out.resolve().parent, os.W_OK)):
         stop(f"--out {out}: no file can be written there")
     if not (0 < args.seconds <= 86400 and 0 < args.memory <= 10**6 and 0 <= args.seed < 2**63):
-        stop("--seconds is at most 86400, --memory 1000000 (MB); neither is 0, nor --seed below 0")
+        stop("give --seconds above 0 and up to 86400, --memory up to 1000000, and --seed from 0")
     from sandbox import warm_up
 
     warm_up()
@@ -228,27 +237,31 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     only = argparse.ArgumentParser(add_help=False)
-    told = {"metavar": "FUNCTION", "help": "these functions only (default: all)"}
+    told = {"metavar": "FUNCTION", "help": "only these functions (default: all)"}
     only.add_argument("--only", nargs="+", action="extend", default=[], **told)
     sub = commands.add_parser("make", help="write a folder to hand out", parents=[only])
-    sub.add_argument("out", help="the folder; it must be new or empty")
+    sub.add_argument("out", help="the folder, which must be new or empty")
     sub = commands.add_parser("grade", help="grade the folders that come back", parents=[only])
     sub.add_argument("folder", nargs="+", help="a submission")
-    sub.add_argument("--out", default="", help="CSV file of all rows; a JSON file beside it")
-    sub.add_argument("--seconds", type=float, default=20, help="for a function (default: 20)")
-    sub.add_argument("--memory", type=int, default=2000, help="MB for a function (default: 2000)")
-    sub.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
+    sub.add_argument("--out", default="", help="CSV file for all rows; a JSON file is also written")
+    sub.add_argument(
+        "--seconds", type=float, default=20, help="time limit of a function (default: 20)"
+    )
+    sub.add_argument(
+        "--memory", type=int, default=2000, help="limit of a function in MB (default: 2000)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # names of folders may hold anything
+    if hasattr(sys.stdout, "reconfigure"):  # names of folders may contain any character
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         make(args) if args.command == "make" else grade(args)
     except KeyboardInterrupt:
-        stop("interrupted; what is graded is in --out")
+        stop("interrupted: the folders graded so far are in --out")
     except OSError as error:
         stop(str(error))
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(TESTS)]
+    sys.path[:0] = [str(ROOT), str(COURSE)]
     main()

@@ -1,37 +1,38 @@
 """Grades the grader: solutions of the graded functions that properties.py must reject or accept.
 
-MUTANTS holds what students hand in by mistake: (what is wrong, old, new), an edit of our source, in
-which `old` occurs once, or (what is wrong, source), the whole function. Each must fail a property.
-CORRECT holds solutions written in other ways than ours, which must pass them all. A source runs in
-a copy of the globals of the function's module. This file is never given to students.
+MUTANTS contains the mistakes that students make. A mutant is either (what is wrong, old, new), an
+edit of our source, in which `old` occurs once, or (what is wrong, source), a whole function. Each
+mutant must fail a property. CORRECT contains solutions that are written differently from ours. They
+must pass all properties. A source runs in a copy of the globals of the function's module. This file
+is never given to students.
 """
 
 MUTANTS: dict[str, list[tuple[str, ...]]] = {
     "completion_mask": [
-        ("the eos is left out", "is_eos.cumsum(dim=1) - is_eos == 0", "is_eos.cumsum(dim=1) == 0"),
-        ("tokens != eos: goes on after it", "is_eos.cumsum(dim=1) - is_eos == 0", "is_eos == 0"),
+        ("the eos is left out", "is_eos.cumsum(dim=1) - is_eos", "is_eos.cumsum(dim=1)"),
+        ("tokens != eos: goes on after it", "is_eos.cumsum(dim=1) - is_eos", "is_eos"),
         ("only the smallest eos of the set", "sorted(eos_ids)", "sorted(eos_ids)[:1]"),
         ("only the largest eos of the set", "sorted(eos_ids)", "sorted(eos_ids)[-1:]"),
-        ("up to the second eos", "- is_eos == 0", "- is_eos <= 1"),
+        ("up to the second eos", "n_eos_before == 0", "n_eos_before <= 1"),
         (
             "up to the last eos",
-            "is_eos.cumsum(dim=1) - is_eos == 0",
-            "(is_eos.flip(1).cumsum(1).flip(1) > 0) | ~is_eos.bool().any(1, keepdim=True)",
+            "return n_eos_before == 0",
+            "return (is_eos.flip(1).cumsum(1).flip(1) > 0) | ~is_eos.bool().any(1, keepdim=True)",
         ),
-        ("inverted: what comes after the eos", "- is_eos == 0", "- is_eos != 0"),
-        (
-            "integers, no bool",
-            "is_eos.cumsum(dim=1) - is_eos == 0",
-            "(is_eos.cumsum(dim=1) - is_eos == 0).long()",
-        ),
+        ("inverted: what comes after the eos", "n_eos_before == 0", "n_eos_before != 0"),
+        ("integers, no bool", "return n_eos_before == 0", "return (n_eos_before == 0).long()"),
         ("down the columns", "cumsum(dim=1)", "cumsum(dim=0)"),
         (
             "an eos ends the later rows too",
             "is_eos.cumsum(dim=1)",
             "is_eos.flatten().cumsum(0).view_as(is_eos)",
         ),
-        ("token 0 is taken for padding", "- is_eos == 0", "- is_eos + (tokens == 0) == 0"),
-        ("empty", "- is_eos == 0", "- is_eos < 0"),
+        (
+            "token 0 is taken for padding",
+            "n_eos_before == 0",
+            "n_eos_before + (tokens == 0) == 0",
+        ),
+        ("empty", "n_eos_before == 0", "n_eos_before < 0"),
         (
             "without eos only the first token: argmax gives 0",
             """
@@ -55,147 +56,206 @@ def completion_mask(tokens, eos_ids):
         ),
     ],
     "completion_logits": [
-        ("not shifted", "[:, -n - 1 : -1]", "[:, -n:]"),
-        ("one position too many", "[:, -n - 1 : -1]", "[:, -n - 1 :]"),
-        ("one position too few are kept", "logits_to_keep=n + 1", "logits_to_keep=n"),
-        ("positions from 1", "(attention_mask.cumsum(dim=1) - 1)", "attention_mask.cumsum(dim=1)"),
-        ("padding has position -1", ".clamp(min=0)", ""),
         (
-            "padding is attended to",
-            '"attention_mask": attention_mask',
-            '"attention_mask": torch.ones_like(attention_mask)',
+            "not shifted",
+            "torch.cat([first, following[:, :-1]], dim=1)",
+            "following",
+        ),
+        ("one position too many", "following[:, :-1]", "following"),
+        (
+            "the first token's logits are missing",
+            "torch.cat([first, following[:, :-1]], dim=1)",
+            "following[:, :-1]",
         ),
         (
-            "every row takes the positions of the first",
-            "(attention_mask.cumsum(dim=1) - 1)",
-            "(attention_mask[:1].cumsum(dim=1) - 1).expand_as(input_ids)",
+            "the first token is predicted at the beginning of the prompt",
+            "first = prompt.logits",
+            "first = model(prompt_ids[None]).logits[:, :1]",
         ),
         (
-            "mask of the padding, not of the text",
-            '"attention_mask": attention_mask',
-            '"attention_mask": 1 - attention_mask',
+            "the completion's positions are one too high",
+            "model(completion_ids, cache=prompt.cache)",
+            "model(completion_ids, cache=prompt.cache, position_ids=len(prompt_ids) + 1"
+            " + torch.arange(completion_ids.shape[1])[None])",
         ),
         (
-            "padding is taken to be token 0",
-            '"attention_mask": attention_mask',
-            '"attention_mask": (input_ids != 0).long()',
+            "the completion's positions begin at 0",
+            "model(completion_ids, cache=prompt.cache)",
+            "model(completion_ids, cache=prompt.cache,"
+            " position_ids=torch.arange(completion_ids.shape[1])[None])",
         ),
-        ("no gradient", "[:, -n - 1 : -1]", "[:, -n - 1 : -1].detach()"),
-        ("log-probabilities", "[:, -n - 1 : -1]", "[:, -n - 1 : -1].log_softmax(-1)"),
+        ("the prompt is not read", "cache=prompt.cache)", "cache=None)"),
+        (
+            "the cache is not repeated",
+            "prompt.cache.batch_repeat_interleave(n_completions)",
+            "pass",
+        ),
+        ("no gradient", "dim=1)", "dim=1).detach()"),
+        (
+            "the prompt runs without gradients",
+            "prompt = model(prompt_ids[None], use_cache=True, logits_to_keep=1)",
+            "with torch.no_grad():\n"
+            "        prompt = model(prompt_ids[None], use_cache=True, logits_to_keep=1)",
+        ),
+        (
+            "no gradient goes through the cache",
+            "prompt.cache.batch_repeat_interleave(n_completions)",
+            "prompt.cache.batch_repeat_interleave(n_completions)\n"
+            "    for layer in prompt.cache.layers:\n"
+            "        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()",
+        ),
+        ("log-probabilities", "dim=1)", "dim=1).log_softmax(-1)"),
         (
             "only the sampled token's logit",
-            "[:, -n - 1 : -1]",
-            "[:, -n - 1 : -1].gather(2, input_ids[:, -n:, None])[:, :, 0]",
+            "dim=1)",
+            "dim=1).gather(2, completion_ids[:, :, None])[:, :, 0]",
         ),
         (
-            "neither mask nor positions are passed",
+            "all completions are read as one text",
             """
-def completion_logits(model, input_ids, attention_mask, n):
-    return model(input_ids=input_ids).logits[:, -n - 1 : -1]
+def completion_logits(model, prompt_ids, completion_ids):
+    B, T = completion_ids.shape
+    ids = torch.cat([prompt_ids, completion_ids.flatten()])
+    logits = model(ids[None]).logits[0, len(prompt_ids) - 1 : -1]
+    return logits.view(B, T, -1)
 """,
         ),
         (
-            "the mask is passed, the positions are not",
+            "the completions share a cache, which grows",
             """
-def completion_logits(model, input_ids, attention_mask, n):
-    return model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -n - 1 : -1]
+def completion_logits(model, prompt_ids, completion_ids):
+    prompt = model(prompt_ids[None], use_cache=True)
+    rows = []
+    for ids in completion_ids:
+        following = model(ids[None], cache=prompt.cache).logits
+        rows.append(torch.cat([prompt.logits[:, -1:], following[:, :-1]], dim=1))
+    return torch.cat(rows)
+""",
+        ),
+        (
+            "the prompt's last token is read twice",
+            """
+def completion_logits(model, prompt_ids, completion_ids):
+    B = len(completion_ids)
+    prompt = model(prompt_ids[None], use_cache=True)
+    prompt.cache.batch_repeat_interleave(B)
+    ids = torch.cat([prompt_ids[-1:].expand(B, 1), completion_ids[:, :-1]], dim=1)
+    return model(ids, cache=prompt.cache).logits
+""",
+        ),
+        (
+            "token 0 is taken for padding",
+            """
+def completion_logits(model, prompt_ids, completion_ids):
+    B, T = completion_ids.shape
+    P = len(prompt_ids)
+    ids = torch.cat([prompt_ids.expand(B, P), completion_ids], dim=1)
+    return model(ids, attention_mask=(ids != 0).long()).logits[:, P - 1 : -1]
+""",
+        ),
+        (
+            "the prompt is masked",
+            """
+def completion_logits(model, prompt_ids, completion_ids):
+    B, T = completion_ids.shape
+    P = len(prompt_ids)
+    ids = torch.cat([prompt_ids.expand(B, P), completion_ids], dim=1)
+    mask = (torch.arange(P + T) >= P - 1).long().expand(B, P + T)
+    return model(ids, attention_mask=mask).logits[:, P - 1 : -1]
 """,
         ),
         (
             "shifted by two",
             """
-def completion_logits(model, input_ids, attention_mask, n):
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids, attention_mask=attention_mask, position_ids=positions).logits
-    return logits[:, -n - 2 : -2]
+def completion_logits(model, prompt_ids, completion_ids):
+    B, T = completion_ids.shape
+    P = len(prompt_ids)
+    ids = torch.cat([prompt_ids.expand(B, P), completion_ids], dim=1)
+    return model(ids).logits.roll(1, 1)[:, P - 1 : -1]
 """,
         ),
         (
             "shifted the wrong way",
             """
-def completion_logits(model, input_ids, attention_mask, n):
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids, attention_mask=attention_mask, position_ids=positions).logits
-    return logits.roll(-1, 1)[:, -n:]
+def completion_logits(model, prompt_ids, completion_ids):
+    B, T = completion_ids.shape
+    P = len(prompt_ids)
+    ids = torch.cat([prompt_ids.expand(B, P), completion_ids], dim=1)
+    return model(ids).logits.roll(-1, 1)[:, P:]
 """,
         ),
         (
             "of the prompt",
             """
-def completion_logits(model, input_ids, attention_mask, n):
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids, attention_mask=attention_mask, position_ids=positions).logits
-    return logits[:, :n]
+def completion_logits(model, prompt_ids, completion_ids):
+    B, T = completion_ids.shape
+    P = len(prompt_ids)
+    ids = torch.cat([prompt_ids.expand(B, P), completion_ids], dim=1)
+    return model(ids).logits[:, :T]
 """,
         ),
     ],
     "token_logprobs": [
-        ("no temperature", "logits.float() / temperature", "logits.float()"),
-        ("times the temperature", "logits.float() / temperature", "logits.float() * temperature"),
+        ("no temperature", "row.float() / temperature", "row.float()"),
+        ("times the temperature", "row.float() / temperature", "row.float() * temperature"),
         (
             "temperature after log_softmax",
-            "torch.log_softmax(logits.float() / temperature, -1)",
-            "(torch.log_softmax(logits.float(), -1) / temperature)",
+            "torch.log_softmax(row.float() / temperature, dim=-1)",
+            "torch.log_softmax(row.float(), dim=-1) / temperature",
         ),
-        (
-            "the token before",
-            "input_ids[:, -n_completion:]",
-            "input_ids[:, -n_completion - 1 : -1]",
-        ),
-        ("the prompt's tokens", "input_ids[:, -n_completion:]", "input_ids[:, :n_completion]"),
-        ("bfloat16 stays bfloat16", "logits.float()", "logits"),
+        ("the token before", "ids[:, None]", "ids.roll(1)[:, None]"),
+        ("the token after", "ids[:, None]", "ids.roll(-1)[:, None]"),
+        ("the prompt's tokens", "ids[:, None]", "prompt_ids.repeat(9)[: len(ids), None]"),
+        ("bfloat16 stays bfloat16", "row.float()", "row"),
         (
             "float32 only at the end",
-            "torch.log_softmax(logits.float() / temperature, -1)",
-            "torch.log_softmax(logits / temperature, -1).float()",
+            "torch.log_softmax(row.float() / temperature, dim=-1)",
+            "torch.log_softmax(row / temperature, dim=-1).float()",
         ),
         ("probabilities", "torch.log_softmax(", "torch.softmax("),
         (
             "log(p + 1e-8)",
-            "torch.log_softmax(logits.float() / temperature, -1)",
-            "(torch.softmax(logits.float() / temperature, -1) + 1e-8).log()",
+            "torch.log_softmax(row.float() / temperature, dim=-1)",
+            "(torch.softmax(row.float() / temperature, dim=-1) + 1e-8).log()",
         ),
         (
             "log(softmax): -inf where it underflows",
-            "torch.log_softmax(logits.float() / temperature, -1)",
-            "torch.softmax(logits.float() / temperature, -1).log()",
+            "torch.log_softmax(row.float() / temperature, dim=-1)",
+            "torch.softmax(row.float() / temperature, dim=-1).log()",
         ),
         (
             "logits, not normalised",
-            "torch.log_softmax(logits.float() / temperature, -1)",
-            "(logits.float() / temperature)",
+            "torch.log_softmax(row.float() / temperature, dim=-1)",
+            "row.float() / temperature",
         ),
-        ("normalised over positions", "temperature, -1)", "temperature, 0)"),
-        ("no gradient", "attention_mask, n_completion)", "attention_mask, n_completion).detach()"),
-        ("of the likeliest token", ".gather(1, tokens[:, None])[:, 0]", ".max(-1).values"),
+        ("normalised over positions", "temperature, dim=-1)", "temperature, dim=0)"),
+        ("no gradient", "torch.stack(rows)", "torch.stack(rows).detach()"),
+        ("of the likeliest token", ".gather(1, ids[:, None])[:, 0]", ".max(-1).values"),
         (
-            "padding is attended to",
-            "attention_mask, n_completion)",
-            "torch.ones_like(attention_mask), n_completion)",
+            "only the last token of the prompt is read",
+            "completion_logits(model, prompt_ids, completion_ids)",
+            "completion_logits(model, prompt_ids[-1:], completion_ids)",
         ),
-        (
-            "a sum for each completion",
-            "use_reentrant=False) for row in rows])",
-            "use_reentrant=False) for row in rows]).sum(1)",
-        ),
+        ("a sum for each completion", "torch.stack(rows)", "torch.stack(rows).sum(1)"),
+        ("one list for all tokens", "torch.stack(rows)", "torch.cat(rows)"),
         (
             "cross-entropy without the minus",
             """
-def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
-    logits = completion_logits(model, input_ids, attention_mask, n_completion).float()
+def token_logprobs(model, prompt_ids, completion_ids, temperature):
+    logits = completion_logits(model, prompt_ids, completion_ids).float()
     return torch.nn.functional.cross_entropy(
-        (logits / temperature).transpose(1, 2), input_ids[:, -n_completion:], reduction="none"
+        (logits / temperature).transpose(1, 2), completion_ids, reduction="none"
     )
 """,
         ),
         (
             "logits not shifted",
             """
-def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids, attention_mask=attention_mask, position_ids=positions).logits
-    logp = (logits[:, -n_completion:].float() / temperature).log_softmax(-1)
-    return logp.gather(2, input_ids[:, -n_completion:, None]).squeeze(2)
+def token_logprobs(model, prompt_ids, completion_ids, temperature):
+    B, T = completion_ids.shape
+    ids = torch.cat([prompt_ids.expand(B, -1), completion_ids], dim=1)
+    logp = (model(ids).logits[:, -T:].float() / temperature).log_softmax(-1)
+    return logp.gather(2, completion_ids[:, :, None]).squeeze(2)
 """,
         ),
     ],
@@ -216,7 +276,7 @@ def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
         ("no stars, no brackets", r'r"[\s*()\[\]{}]*"', r'r"\s*"'),
         ("quotation marks may stand around it", r'r"[\s*()\[\]{}]*"', r'''r"[\s*()\[\]{}'\">]*"'''),
         ("the case matters", ", re.IGNORECASE", ""),
-        ("the label is ignored", "{around}{label}", "{around}Score"),
+        ("the label is ignored", "{decoration}{label}", "{decoration}Score"),
         ("a string", "int(match[1])", "match[1]"),
         ("the reward, not the score", "int(match[1])", "(int(match[1]) - 1) / 4"),
         ("no score is a 1", "else None", "else 1"),
@@ -269,7 +329,7 @@ def parse_score(reply, label="Score"):
         ),
     ],
     "fence": [
-        ("no code", "text-{t}-{code}", "text-{t}"),
+        ("no code", "text-{number}-{code}", "text-{number}"),
         ("code of the first text", '"".join(texts)', "texts[0]"),
         ("code of the last text", '"".join(texts)', "texts[-1]"),
         (
@@ -285,17 +345,16 @@ def parse_score(reply, label="Score"):
         ("a fixed code", 'hashlib.sha256("".join(texts).encode()).hexdigest()[:8]', '"00000000"'),
         ("code of the lengths", '"".join(texts)', "str([len(text) for text in texts])"),
         ("the whole digest", "hexdigest()[:8]", "hexdigest()"),
-        ("numbered from 0", "range(1, len(texts) + 1)", "range(len(texts))"),
-        ("not numbered", "text-{t}-{code}", "text-{code}"),
+        ("numbered from 0", "start=1", "start=0"),
+        ("not numbered", "text-{number}-{code}", "text-{code}"),
         ("text is stripped", r"\n{text}\n", r"\n{text.strip()}\n"),
         ("text is escaped", r"\n{text}\n", r"\n{text.replace('<', '&lt;')}\n"),
-        ("no closing tag", r"\n</{t}>", ""),
-        ("closed by an opening tag", "</{t}>", "<{t}>"),
+        ("no closing tag", r"\n</{tag}>", ""),
+        ("closed by an opening tag", "</{tag}>", "<{tag}>"),
         (
             "a list, not one text",
-            r'return "\n".join(f"<{t}>\n{text}\n</{t}>" for t, text in '
-            "zip(tags, texts, strict=True))",
-            r'return [f"<{t}>\n{text}\n</{t}>" for t, text in zip(tags, texts, strict=True)]',
+            r'return "\n".join(blocks)',
+            "return blocks",
         ),
         (
             "each text has a code of its own",
@@ -331,49 +390,48 @@ def fence(texts):
         ),
         (
             "the attempt before the reference",
-            "zip(USER, texts, strict=True)",
-            "[(USER[i], texts[i]) for i in (0, 3, 1, 2)]",
+            "in sections.items() if text",
+            "in [list(sections.items())[i] for i in (0, 3, 1, 2)] if text",
         ),
         (
             "the reference is left out",
-            'row["question"], row["reference"], rubric',
-            'row["question"], "", rubric',
+            '"Reference solution": row["reference"]',
+            '"Reference solution": ""',
         ),
-        ("the checkpoints are left out", "rubric, attempt)", '"", attempt)'),
+        ("the rubric is left out", '"Checkpoints": rubric', '"Checkpoints": ""'),
         (
             "the answer stands in for the reference",
-            'row["question"], row["reference"], rubric',
-            'row["question"], row["reference"] or row["answer"], rubric',
+            '"Reference solution": row["reference"]',
+            '"Reference solution": row["reference"] or row["answer"]',
         ),
-        ("empty parts are shown", "in sections if text)", "in sections)"),
+        ("empty parts are shown", ".items() if text)", ".items())"),
         ("no blank line between parts", r'"\n".join(', '"".join('),
         (
             "told of a reference where there is none",
-            '"reference" if row["reference"] else "none"',
-            '"reference"',
+            'has_reference=bool(row["reference"])',
+            "has_reference=True",
         ),
-        ("the system message of mathematics", 'SYSTEM[row["domain"]]', 'SYSTEM["math"]'),
-        ("the basis of mathematics", 'BASIS[row["domain"]]', 'BASIS["math"]'),
-        ("always the kind outcome", "[kind]", '["outcome"]'),
+        ("the system message of mathematics", 'row["domain"]', '"math"'),
+        ("always the kind outcome", "system_message(kind", 'system_message("outcome"'),
         (
             "fields of the system message not filled",
-            ".format(basis=basis, **SHARED)",
-            '.replace("{basis}", basis)',
+            'system_message(kind, row["domain"], has_reference=bool(row["reference"]))',
+            "KINDS[kind]",
         ),
         (
             "the attempt in the system message",
-            "BASIS[row",
-            r'attempt + "\n\n" + BASIS[row',
+            "system = system_message",
+            r'system = attempt + "\n\n" + system_message',
         ),
         (
             "{{ and }} of a text collapse",
-            "section.format(text=text)",
-            'section.format(text=text).replace("{{", "{").replace("}}", "}")',
+            r"{text}\n",
+            r"{text.replace(2 * chr(123), chr(123)).replace(2 * chr(125), chr(125))}\n",
         ),
         (
             "braces of a text are doubled",
-            "section.format(text=text)",
-            'section.format(text=text.replace("{", "{{").replace("}", "}}"))',
+            r"{text}\n",
+            r"{text.replace(chr(123), 2 * chr(123)).replace(chr(125), 2 * chr(125))}\n",
         ),
         (
             "fields in a text are filled with the row",
@@ -385,8 +443,7 @@ def fence(texts):
             "filled one after the other, the attempt first",
             r"""
 def judge_messages(kind, row, rubric="", attempt=""):
-    basis = BASIS[row["domain"]]["reference" if row["reference"] else "none"]
-    system = SYSTEM[row["domain"]][kind].format(basis=basis, **SHARED)
+    system = system_message(kind, row["domain"], row["reference"] != "")
     parts = [("Text to judge", "text", attempt), ("Checkpoints", "checkpoints", rubric)]
     parts += [("Reference solution", "reference", row["reference"])]
     parts += [("Problem", "problem", row["question"])]
@@ -400,12 +457,13 @@ def judge_messages(kind, row, rubric="", attempt=""):
             "the user message is filled with the fields of the system message",
             r"""
 def judge_messages(kind, row, rubric="", attempt=""):
-    basis = BASIS[row["domain"]]["reference" if row["reference"] else "none"]
+    basis = BASIS["reference" if row["reference"] else "none"]
     texts = (row["question"], row["reference"], rubric, attempt)
-    user = "\n".join(section.format(text=t) for section, t in zip(USER, texts) if t)
+    titles = ("Problem", "Reference solution", "Checkpoints", "Text to judge")
+    user = "\n".join(f"## {title}\n{t}\n" for title, t in zip(titles, texts) if t)
     messages = []
-    for role, text in (("system", SYSTEM[row["domain"]][kind]), ("user", user)):
-        for name, value in {"basis": basis, **SHARED}.items():
+    for role, text in (("system", KINDS[kind]), ("user", user)):
+        for name, value in {"basis": basis, **DOMAINS[row["domain"]], **SHARED}.items():
             text = text.replace("{" + name + "}", value)
         messages.append({"role": role, "content": text})
     return messages
@@ -436,22 +494,22 @@ def judge_messages(kind, row, rubric="", attempt=""):
         ),
         ("each line is a step", r"\n[^\S\n]*\n\s*", r"\n\s*"),
         ("a line of blanks is no blank line", r"\n[^\S\n]*\n\s*", r"\n\n\s*"),
-        ("a border between tokens is one token early", "ends <= border", "ends < border"),
+        ("a border between tokens is one token early", "bisect.bisect(", "bisect.bisect_left("),
         (
             "a token across the border stays with the step before",
-            "ends <= border",
-            "ends - [len(piece) for piece in pieces] < border",
+            "bisect.bisect(char_ends, border)",
+            "bisect.bisect_left([0, *char_ends[:-1]], border)",
         ),
         (
             "crumbs are steps",
-            r'if re.search(r"\w", before) and re.search(r"\w", after):',
+            "if has_words(before) and has_words(after):",
             "if start > starts[-1]:",
         ),
-        ("a crumb at the beginning is a step", r're.search(r"\w", before)', "before"),
-        ("a crumb at the end is a step", r' and re.search(r"\w", after)', ""),
+        ("a crumb at the beginning is a step", "has_words(before)", "before"),
+        ("a crumb at the end is a step", " and has_words(after)", ""),
         (
             "a bare ### is a step",
-            r're.search(r"\w", before)',
+            "has_words(before)",
             "before.strip()",
         ),
         (
@@ -480,7 +538,7 @@ def judge_messages(kind, row, rubric="", attempt=""):
         (
             "offsets of characters",
             "list(spans) if",
-            "[(int(ends[a]) - len(pieces[a]), int(ends[b - 1])) for a, b in spans] if",
+            "[(char_ends[a] - len(pieces[a]), char_ends[b - 1]) for a, b in spans] if",
         ),
         (
             "texts in place of spans",
@@ -489,21 +547,20 @@ def judge_messages(kind, row, rubric="", attempt=""):
         ),
         (
             "what follows 16 steps is dropped",
-            "    starts = starts[:MAX_STEPS]\n"
-            "    spans = zip(starts, [*starts[1:], len(pieces)], strict=True)",
-            "    spans = list(zip(starts, [*starts[1:], len(pieces)], strict=True))[:MAX_STEPS]",
+            "    starts = starts[:MAX_STEPS]\n    spans = zip(starts, [*starts[1:], len(pieces)])",
+            "    spans = list(zip(starts, [*starts[1:], len(pieces)]))[:MAX_STEPS]",
         ),
         (
             "what comes before the first ### is dropped",
             r"""
 def split_steps(pieces):
-    text, ends = "".join(pieces).rstrip(), np.cumsum([len(piece) for piece in pieces])
+    text, ends = "".join(pieces).rstrip(), list(itertools.accumulate(map(len, pieces)))
     cuts = [match.start() for match in re.finditer(r"^###", text, re.MULTILINE)]
     kept = cuts[:1] or [0]
     for cut in cuts or [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]:
         if re.search(r"\w", text[kept[-1] : cut]) and re.search(r"\w", text[cut:]):
             kept.append(cut)
-    starts = sorted(set(np.searchsorted(ends, kept[:MAX_STEPS], "right").tolist()))
+    starts = sorted({bisect.bisect(ends, cut) for cut in kept[:MAX_STEPS]})
     return list(zip(starts, [*starts[1:], len(pieces)])) if pieces else []
 """,
         ),
@@ -545,36 +602,35 @@ def split_steps(pieces):
         ),
         (
             "end: the last step gets 0",
-            "[r - s[-1] for r in s[:-1]] + s[-1:]",
-            "[r - s[-1] for r in s]",
+            "[reward - s[-1] for reward in s[:-1]] + s[-1:]",
+            "[reward - s[-1] for reward in s]",
         ),
-        ("end: to the first step", "r - s[-1] for", "r - s[0] for"),
-        ("end: the sign is flipped", "r - s[-1] for", "s[-1] - r for"),
+        ("end: to the first step", "reward - s[-1] for", "reward - s[0] for"),
+        ("end: the sign is flipped", "reward - s[-1] for", "s[-1] - reward for"),
         (
             "group: pooled over all steps",
-            "[sum(s) / len(s) for s in step_rewards if s]",
+            "[fmean(s) for s in step_rewards]",
             "[r for s in step_rewards for r in s]",
         ),
         (
             "group: the mean of one completion",
-            "r - sum(means) / len(means) for r",
-            "r - sum(s) / len(s) for r",
+            "reward - fmean(means) for",
+            "reward - fmean(s) for",
         ),
         (
             "group: the mean of the last steps",
-            "[sum(s) / len(s) for s in step_rewards if s]",
-            "[s[-1] for s in step_rewards if s]",
+            "[fmean(s) for s in step_rewards]",
+            "[s[-1] for s in step_rewards]",
         ),
         (
             "group: divided by the std",
-            "[[r - sum(means) / len(means) for r in s] for s in step_rewards]",
-            "[[(r - sum(means) / len(means)) / (np.std(means) + 1e-6) for r in s]"
-            " for s in step_rewards]",
+            "reward - fmean(means) for",
+            "(reward - fmean(means)) / ((stdev(means) if len(means) > 1 else 0) + 1e-6) for",
         ),
         (
             "group: without the completion itself",
-            "[[r - sum(means) / len(means) for r in s] for s in step_rewards]",
-            "[[r - (sum(means) - m) / max(1, len(means) - 1) for r in s]"
+            "[[reward - fmean(means) for reward in s] for s in step_rewards]",
+            "[[reward - (sum(means) - m) / max(1, len(means) - 1) for reward in s]"
             " for s, m in zip(step_rewards, means)]",
         ),
         (
@@ -613,171 +669,189 @@ def split_steps(pieces):
         ),
     ],
     "group_advantages": [
-        ("the mean of the batch", "r.mean()", "rewards[valid].mean()"),
-        ("the std of the batch", "r.std()", "rewards[valid].std()"),
-        ("the std of a population", "r.std()", "r.std(correction=0)"),
-        ("the variance", "r.std()", "r.var()"),
-        ("the sign is flipped", "(r - r.mean())", "(r.mean() - r)"),
-        ("never divided", "((r.std() + 1e-6) if divide else 1)", "1"),
-        ("always divided", "1e-6) if divide else 1", "1e-6)"),
-        ("divided where it should not be", "if divide else", "if not divide else"),
-        ("no epsilon", "r.std() + 1e-6", "r.std()"),
-        ("a larger epsilon", "r.std() + 1e-6", "r.std() + 1e-4"),
+        ("the std of a population", "stdev(known)", "torch.tensor(known).std(correction=0).item()"),
+        ("the variance", "stdev(known)", "stdev(known) ** 2"),
+        ("the sign is flipped", "(reward - mean)", "(mean - reward)"),
+        ("never divided", "stdev(known) + 1e-6 if divide_by_std else 1.0", "1.0"),
+        ("always divided", " if divide_by_std else 1.0", ""),
+        ("divided where it should not be", "if divide_by_std else", "if not divide_by_std else"),
+        ("no epsilon", "stdev(known) + 1e-6", "stdev(known)"),
+        ("a larger epsilon", "stdev(known) + 1e-6", "stdev(known) + 1e-4"),
         (
-            "NaN where all are equal",
-            "if len(r) > 1 and r.max() > r.min():\n            advantages[members] = "
-            "(r - r.mean()) / ((r.std() + 1e-6) if divide else 1)",
-            "if len(r) > 1:\n            advantages[members] = "
-            "(r - r.mean()) / (r.std() if divide else 1)",
+            "an error where all are equal",
+            """
+def group_advantages(rewards, divide_by_std=True):
+    known = [reward for reward in rewards if reward is not None]
+    if len(known) < 2:
+        return [0.0] * len(rewards)
+    mean, scale = fmean(known), stdev(known) if divide_by_std else 1.0
+    return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]
+""",
         ),
-        ("NaN for a lone member", "if len(r) > 1 and r.max() > r.min():", "if len(r):"),
-        (
-            "rounding is blown up where all are equal",
-            "if len(r) > 1 and r.max() > r.min():",
-            "if len(r) > 1:",
-        ),
-        ("two rewards are too few", "len(r) > 1", "len(r) > 2"),
-        ("no ValueError", "if rewards.numel() % group_size:", "if False:"),
-        ("an AssertionError", "raise ValueError(", "raise AssertionError("),
-        (
-            "zeros",
-            "if len(r) > 1 and r.max() > r.min():",
-            "if False:",
-        ),
+        ("an error for a lone member", "len(set(known)) < 2", "not known"),
+        ("an error if all failed", "len(set(known)) < 2", "known and len(set(known)) < 2"),
+        ("two rewards are too few", "len(set(known)) < 2", "len(known) < 3"),
+        ("zeros", "len(set(known)) < 2", "True"),
         (
             "a failure is a 0 in mean and std",
-            "members = begin + valid[begin : begin + group_size].nonzero().flatten()\n"
-            "        r = rewards[members]",
-            "members = torch.arange(begin, begin + group_size)\n"
-            "        r = torch.where(valid, rewards, 0.0)[members]",
+            "[reward for reward in rewards if reward is not None]",
+            "[reward or 0.0 for reward in rewards]",
         ),
+        ("failures count in the mean's denominator", "fmean(known)", "sum(known) / len(rewards)"),
+        ("a reward of 0 is taken for a failure", "if reward is not None", "if reward"),
         (
-            "valid is ignored",
-            "begin + valid[begin : begin + group_size].nonzero().flatten()",
-            "torch.arange(begin, begin + group_size)",
+            "a reward of 0 gets no advantage",
+            "0.0 if reward is None else",
+            "0.0 if not reward else",
         ),
         (
             "failures get an advantage",
-            "advantages[members] = (r - r.mean())",
-            "advantages[begin : begin + group_size] = (rewards[begin : begin + group_size]"
-            " - r.mean())",
+            "0.0 if reward is None else (reward - mean)",
+            "((reward or 0.0) - mean)",
+        ),
+        ("failures get None", "[0.0 if reward is None", "[None if reward is None"),
+        (
+            "failures are left out of the result",
+            "[0.0 if reward is None else (reward - mean) / scale for reward in rewards]",
+            "[(reward - mean) / scale for reward in known]",
+        ),
+        ("failures are left out where all are equal", "* len(rewards)", "* len(known)"),
+        ("the rewards are sorted", "mean = ", "rewards.sort(key=lambda r: r or 0)\n    mean = "),
+        (
+            "a tensor, not a list",
+            "return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]",
+            "return torch.tensor([0.0 if r is None else (r - mean) / scale for r in rewards])",
         ),
         (
-            "groups are interleaved",
-            "begin + valid[begin : begin + group_size].nonzero().flatten()",
-            "torch.tensor([i for i in range(begin // group_size, len(rewards),"
-            " len(rewards) // group_size) if valid[i]], dtype=torch.long)",
+            "float32: rounding is blown up where all are equal",
+            """
+def group_advantages(rewards, divide_by_std=True):
+    known = torch.tensor([reward for reward in rewards if reward is not None])
+    if len(known) < 2:
+        return [0.0] * len(rewards)
+    scale = known.std() + 1e-6 if divide_by_std else torch.ones(())
+    mean = known.mean()
+    return [0.0 if r is None else ((r - mean) / scale).item() for r in rewards]
+""",
         ),
         (
             "failures are multiplied by 0: NaN stays NaN",
             """
-def group_advantages(rewards, valid, group_size, divide=True):
-    if rewards.numel() % group_size:
-        raise ValueError("no whole groups")
-    v = valid.float().view(-1, group_size)
-    r = rewards.view(-1, group_size) * v
-    n = v.sum(1, keepdim=True)
-    centred = (r - r.sum(1, keepdim=True) / n.clamp(min=1)) * v
-    std = ((centred**2).sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
-    low = torch.where(v > 0, r, math.inf).amin(1, keepdim=True)
-    high = torch.where(v > 0, r, -math.inf).amax(1, keepdim=True)
-    centred = centred * (high > low)
-    return (centred / (std + 1e-6) if divide else centred).flatten()
+def group_advantages(rewards, divide_by_std=True):
+    r = torch.tensor([math.nan if reward is None else reward for reward in rewards])
+    is_known = ~r.isnan()
+    known = r[is_known]
+    if len(known) < 2 or known.max() == known.min():
+        return [0.0] * len(rewards)
+    scale = known.std() + 1e-6 if divide_by_std else 1.0
+    return ((r - known.mean()) / scale * is_known).tolist()
 """,
         ),
     ],
     "policy_loss": [
-        ("the sign is flipped", "return -torch.where", "return torch.where"),
+        ("the sign is flipped", "return -torch.minimum", "return torch.minimum"),
         ("max for min", "torch.minimum", "torch.maximum"),
         (
             "always clipped, on both sides",
-            "torch.minimum(rho * advantages, clipped * advantages)",
-            "clipped * advantages",
+            "torch.minimum(ratio * advantages, clipped_ratio * advantages)",
+            "(clipped_ratio * advantages)",
         ),
         (
             "never clipped",
-            "torch.minimum(rho * advantages, clipped * advantages)",
-            "rho * advantages",
+            "torch.minimum(ratio * advantages, clipped_ratio * advantages)",
+            "(ratio * advantages)",
         ),
         (
             "clip_low on both sides",
-            "rho.clamp(1 - clip_low, 1 + clip_high)",
-            "rho.clamp(1 - clip_low, 1 + clip_low)",
+            "ratio.clamp(1 - clip_low, 1 + clip_high)",
+            "ratio.clamp(1 - clip_low, 1 + clip_low)",
         ),
         (
             "clip_high on both sides",
-            "rho.clamp(1 - clip_low, 1 + clip_high)",
-            "rho.clamp(1 - clip_high, 1 + clip_high)",
+            "ratio.clamp(1 - clip_low, 1 + clip_high)",
+            "ratio.clamp(1 - clip_high, 1 + clip_high)",
         ),
         (
             "clip_low and clip_high are swapped",
-            "rho.clamp(1 - clip_low, 1 + clip_high)",
-            "rho.clamp(1 - clip_high, 1 + clip_low)",
+            "ratio.clamp(1 - clip_low, 1 + clip_high)",
+            "ratio.clamp(1 - clip_high, 1 + clip_low)",
         ),
         (
             "clipped where A < 0 only",
-            "rho.clamp(1 - clip_low, 1 + clip_high)",
-            "rho.clamp(min=1 - clip_low)",
+            "ratio.clamp(1 - clip_low, 1 + clip_high)",
+            "ratio.clamp(min=1 - clip_low)",
         ),
         (
             "clipped where A > 0 only",
-            "torch.minimum(rho * advantages, clipped * advantages)",
-            "torch.where(advantages > 0, clipped.minimum(rho), rho) * advantages",
+            "torch.minimum(ratio * advantages, clipped_ratio * advantages)",
+            "torch.where(advantages > 0, clipped_ratio.minimum(ratio), ratio) * advantages",
         ),
         (
             "clipped in logs",
-            "rho.clamp(1 - clip_low, 1 + clip_high)",
-            "rho.log().clamp(-clip_low, clip_high).exp()",
+            "ratio.clamp(1 - clip_low, 1 + clip_high)",
+            "ratio.log().clamp(-clip_low, clip_high).exp()",
         ),
         (
             "the advantage inside the clamp",
-            "clipped * advantages)",
-            "(rho * advantages).clamp(1 - clip_low, 1 + clip_high))",
+            "clipped_ratio * advantages)",
+            "(ratio * advantages).clamp(1 - clip_low, 1 + clip_high))",
         ),
         (
             "clipped twice: a bad token's ratio ends at 3",
-            "torch.minimum(rho * advantages, clipped * advantages)",
-            "torch.minimum(rho.clamp(max=3) * advantages, clipped * advantages)",
+            "torch.minimum(ratio * advantages, clipped_ratio * advantages)",
+            "torch.minimum(ratio.clamp(max=3) * advantages, clipped_ratio * advantages)",
         ),
         (
-            "one ratio for a completion",
-            "torch.exp(torch.where(mask, logp - logp_old, 0.0))",
-            "torch.exp(torch.where(mask, logp - logp_old, 0.0).sum(1, keepdim=True)"
-            " / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(logp)",
+            "one ratio for all tokens",
+            "torch.exp(logp - logp_old)",
+            "torch.exp((logp - logp_old).mean()).expand_as(logp)",
         ),
-        ("the ratio is upside down", "logp - logp_old, 0.0", "logp_old - logp, 0.0"),
+        ("the ratio is upside down", "torch.exp(logp - logp_old)", "torch.exp(logp_old - logp)"),
         (
             "the ratio is a difference of logs",
-            "rho = torch.exp(torch.where(mask, logp - logp_old, 0.0))",
-            "rho = 1 + torch.where(mask, logp - logp_old, 0.0)",
+            "torch.exp(logp - logp_old)",
+            "1 + logp - logp_old",
+        ),
+        (
+            "a quotient of probabilities: 0 / 0",
+            "torch.exp(logp - logp_old)",
+            "torch.exp(logp) / torch.exp(logp_old)",
+        ),
+        (
+            "a quotient of probabilities, with an epsilon",
+            "torch.exp(logp - logp_old)",
+            "torch.exp(logp) / (torch.exp(logp_old) + 1e-8)",
+        ),
+        (
+            "a quotient of log-probabilities",
+            "torch.exp(logp - logp_old)",
+            "logp / logp_old",
         ),
         (
             "no ratio: A log pi",
-            "torch.minimum(rho * advantages, clipped * advantages)",
-            "logp * advantages",
+            "torch.minimum(ratio * advantages, clipped_ratio * advantages)",
+            "(logp * advantages)",
         ),
-        ("no gradient", "mask, logp - logp_old, 0.0", "mask, logp.detach() - logp_old, 0.0"),
-        ("divided by the mask's own tokens", ".sum() / denominator", ".sum() / mask.sum()"),
-        ("the mean of the micro-batch", ".sum() / denominator", ".mean()"),
+        ("no gradient", "torch.exp(logp - logp_old)", "torch.exp(logp.detach() - logp_old)"),
         (
-            "the mean of each completion's mean",
-            ".sum() / denominator",
-            ".sum(1).div(mask.sum(1).clamp(min=1)).mean()",
+            "the clipped ratio has no gradient",
+            "torch.minimum(ratio * advantages, clipped_ratio * advantages)",
+            "torch.minimum(ratio.detach() * advantages, clipped_ratio * advantages)",
         ),
-        ("no mask", "-torch.where(mask, objective, 0.0)", "-objective"),
+        ("the sum over tokens", "clipped_ratio * advantages)", "clipped_ratio * advantages).sum()"),
         (
-            "NaN outside the mask reaches the gradient",
-            "torch.exp(torch.where(mask, logp - logp_old, 0.0))",
-            "torch.exp(logp - logp_old)",
+            "the mean over tokens",
+            "clipped_ratio * advantages)",
+            "clipped_ratio * advantages).mean()",
         ),
         (
-            "multiplied by the mask: NaN stays NaN",
-            "-torch.where(mask, objective, 0.0)",
-            "-(mask * objective)",
+            "each token is divided by the number of tokens",
+            "clipped_ratio * advantages)",
+            "clipped_ratio * advantages) / len(logp)",
         ),
     ],
-    "kl_to_reference": [
-        ("the KL the other way round", "logp_ref - logp", "logp - logp_ref"),
+    "kl_to_initial": [
+        ("the KL the other way round", "logp_initial - logp", "logp - logp_initial"),
         ("k1", "torch.expm1(log_r) - log_r", "-log_r"),
         ("k2", "torch.expm1(log_r) - log_r", "log_r**2 / 2"),
         ("the absolute difference", "torch.expm1(log_r) - log_r", "log_r.abs()"),
@@ -789,40 +863,80 @@ def group_advantages(rewards, valid, group_size, divide=True):
         ("+ log r", "torch.expm1(log_r) - log_r", "torch.expm1(log_r) + log_r"),
         ("cut at 10", "torch.expm1(log_r) - log_r", "(torch.expm1(log_r) - log_r).clamp(-10, 10)"),
         ("in bits", "torch.expm1(log_r) - log_r", "(torch.expm1(log_r) - log_r) / math.log(2)"),
-        ("no gradient", "logp_ref - logp", "logp_ref - logp.detach()"),
+        ("no gradient", "logp_initial - logp", "logp_initial - logp.detach()"),
         ("r has no gradient", "torch.expm1(log_r) - log_r", "torch.expm1(log_r.detach()) - log_r"),
-        ("a ratio of logs", "logp_ref - logp", "(logp_ref / logp).log()"),
+        ("a ratio of logs", "logp_initial - logp", "(logp_initial / logp).log()"),
         ("weighted by pi", "torch.expm1(log_r) - log_r", "logp.exp() * -log_r"),
         ("one mean", "torch.expm1(log_r) - log_r", "(torch.expm1(log_r) - log_r).mean()"),
+        ("one sum", "torch.expm1(log_r) - log_r", "(torch.expm1(log_r) - log_r).sum()"),
         (
-            "a sum for each completion",
+            "a quotient of probabilities: NaN where they underflow",
             "torch.expm1(log_r) - log_r",
-            "(torch.expm1(log_r) - log_r).sum(-1)",
+            "torch.exp(logp_initial) / torch.exp(logp) - 1 - log_r",
+        ),
+        (
+            "NaN is hidden from the value, not from the gradient",
+            """
+def kl_to_initial(logp, logp_initial):
+    ratio = torch.exp(logp_initial) / torch.exp(logp)
+    log_r = logp_initial - logp
+    is_likely = (logp > -80) & (logp_initial > -80)
+    return torch.where(is_likely, ratio - 1 - log_r, torch.expm1(log_r) - log_r).clamp(min=0)
+""",
+        ),
+        (
+            "log-probs below -88 are cut off",
+            "log_r = logp_initial - logp",
+            "log_r = logp_initial.clamp(min=-88) - logp.clamp(min=-88)",
         ),
     ],
     "reverse_kl": [
         (
             "the KL the other way round",
-            "for x in (student, teacher)",
-            "for x in (teacher, student)",
+            "zip(student, teacher, strict=True)",
+            "zip(teacher, student, strict=True)",
         ),
-        ("no temperature", "x.float() / temperature", "x.float()"),
-        ("times the temperature", "x.float() / temperature", "x.float() * temperature"),
+        (
+            "no temperature",
+            "zip(student, teacher, strict=True)",
+            "zip(student.float() * temperature, teacher.float() * temperature, strict=True)",
+        ),
+        (
+            "times the temperature",
+            "zip(student, teacher, strict=True)",
+            "zip(student.float() * temperature**2, teacher.float() * temperature**2)",
+        ),
         (
             "the temperature for the student only",
-            "x.float() / temperature",
-            "x.float() / (temperature if x is student else 1)",
+            "teacher_row.float() / temperature",
+            "teacher_row.float()",
         ),
-        ("times the temperature squared", ".sum(-1)", ".sum(-1) * temperature**2"),
-        ("normalised over positions", "temperature, -1)", "temperature, 0)"),
-        ("the mean over the vocabulary", ".sum(-1)", ".mean(-1)"),
+        (
+            "the temperature for the teacher only",
+            "student_row.float() / temperature",
+            "student_row.float()",
+        ),
+        ("times the temperature squared", ".sum(dim=-1)", ".sum(dim=-1) * temperature**2"),
+        (
+            "normalised over positions",
+            """
+def reverse_kl(student, teacher, temperature):
+    log_s, log_t = ((x.float() / temperature).log_softmax(1) for x in (student, teacher))
+    return (log_s.exp() * (log_s - log_t)).sum(-1)
+""",
+        ),
+        ("the mean over the vocabulary", ".sum(dim=-1)", ".mean(dim=-1)"),
         ("the sign is flipped", "(log_s - log_t)).sum", "(log_t - log_s)).sum"),
         ("cross-entropy", "(log_s - log_t)).sum", "-log_t).sum"),
         ("not weighted", "(log_s.exp() * (log_s - log_t))", "(log_s - log_t)"),
-        ("logits, not normalised", "(log_s - log_t)).sum", "(student - teacher).float()).sum"),
+        (
+            "logits, not normalised",
+            "(log_s - log_t)).sum",
+            "(student_row - teacher_row).float()).sum",
+        ),
         (
             "at the likeliest token only",
-            "(log_s.exp() * (log_s - log_t)).sum(-1)",
+            "(log_s.exp() * (log_s - log_t)).sum(dim=-1)",
             "(log_s - log_t).gather(-1, log_s.argmax(-1, keepdim=True))[..., 0]",
         ),
         (
@@ -836,21 +950,37 @@ def group_advantages(rewards, valid, group_size, divide=True):
             "zip(student, teacher, strict=True)",
             "zip(student.detach(), teacher, strict=True)",
         ),
-        ("bfloat16 stays bfloat16", "x.float()", "x"),
+        (
+            "bfloat16 stays bfloat16",
+            """
+def reverse_kl(student, teacher, temperature):
+    log_s, log_t = ((x / temperature).log_softmax(-1) for x in (student, teacher))
+    return (log_s.exp() * (log_s - log_t)).sum(-1)
+""",
+        ),
         (
             "float32 only at the end",
-            "(torch.log_softmax(x.float() / temperature, -1) for",
-            "(torch.log_softmax(x / temperature, -1).float() for",
+            """
+def reverse_kl(student, teacher, temperature):
+    log_s, log_t = ((x / temperature).log_softmax(-1).float() for x in (student, teacher))
+    return (log_s.exp() * (log_s - log_t)).sum(-1)
+""",
         ),
         (
             "log(p + 1e-8): bounded where the two are far apart",
-            "(torch.log_softmax(x.float() / temperature, -1) for",
-            "((torch.softmax(x.float() / temperature, -1) + 1e-8).log() for",
+            """
+def reverse_kl(student, teacher, temperature):
+    p, q = ((x.float() / temperature).softmax(-1) + 1e-8 for x in (student, teacher))
+    return (p * (p.log() - q.log())).sum(-1)
+""",
         ),
         (
             "log(softmax): NaN where it underflows",
-            "(torch.log_softmax(x.float() / temperature, -1) for",
-            "(torch.softmax(x.float() / temperature, -1).log() for",
+            """
+def reverse_kl(student, teacher, temperature):
+    p, q = ((x.float() / temperature).softmax(-1) for x in (student, teacher))
+    return (p * (p.log() - q.log())).sum(-1)
+""",
         ),
         (
             "one mean",
@@ -973,62 +1103,54 @@ def completion_mask(tokens, eos_ids):
     ],
     "completion_logits": [
         """
-def completion_logits(model, input_ids, attention_mask, n):
-    positions = attention_mask.long().cumsum(-1) - 1
-    positions = positions.masked_fill(attention_mask == 0, 1)
-    out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)
-    P = input_ids.shape[1] - n
-    return out.logits[:, P - 1 : P + n - 1]
+def completion_logits(model, prompt_ids, completion_ids):
+    B, T = completion_ids.shape
+    P = len(prompt_ids)
+    ids = torch.cat([prompt_ids.expand(B, P), completion_ids], dim=1)
+    return model(input_ids=ids).logits[:, P - 1 : P + T - 1]
 """,
         """
-def completion_logits(model, input_ids, attention_mask, n):
-    attention_mask = attention_mask[:, :-1]  # nothing is predicted after the last token
-    n_padding = (attention_mask == 0).sum(dim=1, keepdim=True)
-    positions = torch.arange(attention_mask.shape[1], device=input_ids.device) - n_padding
-    positions = torch.where(positions > 0, positions, 0)
-    return model(
-        input_ids[:, :-1], attention_mask=attention_mask, position_ids=positions
-    ).logits[:, -n:, :]
-""",
-        """
-def completion_logits(model, input_ids, attention_mask, n):
+def completion_logits(model, prompt_ids, completion_ids):
     rows = []
-    for ids, attended in zip(input_ids, attention_mask):
-        alone = ids[attended.bool()]
-        logits = model(input_ids=alone[None]).logits[0, :-1][-n:]
-        rows.append(torch.nn.functional.pad(logits, (0, 0, n - len(logits), 0)))
-    return torch.stack(rows)
+    for ids in completion_ids:
+        sequence = torch.cat([prompt_ids, ids])[:-1]  # nothing is predicted after the last token
+        rows.append(model(sequence[None], use_cache=False, logits_to_keep=len(ids)).logits)
+    return torch.cat(rows)
+""",
+        """
+def completion_logits(model, prompt_ids, completion_ids):
+    out = model(prompt_ids.repeat(len(completion_ids), 1), use_cache=True)
+    logits = [out.logits[:, -1]]
+    for ids in completion_ids.T[:-1]:  # one token at a time, for all completions
+        out = model(ids[:, None], cache=out.cache)
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, dim=1)
 """,
     ],
     "token_logprobs": [
         """
-def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
-    logits = completion_logits(model, input_ids, attention_mask, n_completion)
+def token_logprobs(model, prompt_ids, completion_ids, temperature):
+    logits = completion_logits(model, prompt_ids, completion_ids)
     logits = logits.to(torch.float32) / temperature
-    tokens = input_ids[:, input_ids.shape[1] - n_completion :]
     loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), tokens.flatten(), reduction="none"
+        logits.flatten(0, 1), completion_ids.flatten(), reduction="none"
     )
-    return -loss.view(tokens.shape)
+    return -loss.view(completion_ids.shape)
 """,
         """
-def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
-    logits = completion_logits(model, input_ids, attention_mask, n_completion)
-    tokens = input_ids[:, -n_completion:].unsqueeze(-1)
-    scaled = logits.float().div(temperature)
-    chosen = torch.take_along_dim(scaled, tokens, dim=-1).squeeze(-1)
+def token_logprobs(model, prompt_ids, completion_ids, temperature):
+    scaled = completion_logits(model, prompt_ids, completion_ids).float().div(temperature)
+    chosen = torch.take_along_dim(scaled, completion_ids[..., None], dim=-1).squeeze(-1)
     return chosen - scaled.logsumexp(dim=-1)
 """,
         """
-def token_logprobs(model, input_ids, attention_mask, n_completion, temperature):
+def token_logprobs(model, prompt_ids, completion_ids, temperature):
     result = []
-    for ids, mask in zip(input_ids, attention_mask):
-        positions = (mask.cumsum(0) - 1).clamp(min=0)
-        logits = model(
-            input_ids=ids[None], attention_mask=mask[None], position_ids=positions[None]
-        ).logits[0].float()
+    for completion in completion_ids:
+        ids = torch.cat([prompt_ids, completion])
+        logits = model(input_ids=ids[None]).logits[0].float()
         row = []
-        for t in range(len(ids) - n_completion, len(ids)):
+        for t in range(len(prompt_ids), len(ids)):
             row.append(torch.log_softmax(logits[t - 1] / temperature, dim=0)[ids[t]])
         result.append(torch.stack(row))
     return torch.stack(result)
@@ -1086,6 +1208,8 @@ def fence(texts):
 """,
         r"""
 def fence(texts):
+    from string import Template
+
     code = f"{int(hashlib.sha256(bytes(''.join(texts), 'utf8')).hexdigest(), 16):064x}"[:8]
     template = Template("<$tag>\n$text\n</$tag>")
     tags = map("text-{}-{}".format, range(1, len(texts) + 1), [code] * len(texts))
@@ -1095,24 +1219,20 @@ def fence(texts):
     "judge_messages": [
         """
 def judge_messages(kind, row, rubric="", attempt=""):
-    domain, reference = row["domain"], row["reference"]
-    basis = BASIS[domain]["none"]
-    if reference:
-        basis = BASIS[domain]["reference"]
+    has_reference = len(row["reference"]) > 0
+    titles = ["Problem", "Reference solution", "Checkpoints", "Text to judge"]
     parts = []
-    for template, text in zip(USER, [row["question"], reference, rubric, attempt]):
+    for title, text in zip(titles, [row["question"], row["reference"], rubric, attempt]):
         if text != "":
-            parts.append(template.replace("{text}", text))
+            parts.append("## {title}\\n{text}\\n".replace("{title}", title).replace("{text}", text))
     return [
-        {"role": "system", "content": SYSTEM[domain][kind].format(basis=basis, **SHARED)},
+        {"role": "system", "content": system_message(kind, row["domain"], has_reference)},
         {"role": "user", "content": "\\n".join(parts)},
     ]
 """,
         r"""
 def judge_messages(kind, row, rubric="", attempt=""):
     has_reference = len(row["reference"]) > 0
-    fields = dict(SHARED)
-    fields["basis"] = BASIS[row["domain"]]["reference" if has_reference else "none"]
     user = f"## Problem\n{row['question']}\n"
     if has_reference:
         user += f"\n## Reference solution\n{row['reference']}\n"
@@ -1120,19 +1240,20 @@ def judge_messages(kind, row, rubric="", attempt=""):
         user += f"\n## Checkpoints\n{rubric}\n"
     if attempt:
         user += f"\n## Text to judge\n{attempt}\n"
-    system = SYSTEM[row["domain"]][kind].format_map(fields)
+    texts = DOMAINS[row["domain"]]
+    basis = BASIS["reference" if has_reference else "none"].format(**texts)
+    system = KINDS[kind].format_map({"basis": basis} | texts | SHARED)
     return [dict(role="system", content=system), dict(role="user", content=user)]
 """,
         r"""
 def judge_messages(kind, row, rubric="", attempt=""):
-    import re
-
-    basis = BASIS[row["domain"]]["reference" if row["reference"] else "none"]
-    fields = SHARED | {"basis": basis}
-    system = re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], SYSTEM[row["domain"]][kind])
     texts = [row["question"], row["reference"], rubric, attempt]
-    template = "\n".join(USER[i].replace("{text}", f"{{{i}}}") for i in range(4) if texts[i])
+    titles = ["Problem", "Reference solution", "Checkpoints", "Text to judge"]
+    template = "\n".join(f"## {titles[i]}\n{{{i}}}\n" for i in range(4) if texts[i])
     user = template.format(*texts)
+    system = system_message(
+        has_reference=bool(row["reference"]), domain=row["domain"], kind=kind
+    )
     return [{"content": system, "role": "system"}, {"content": user, "role": "user"}]
 """,
     ],
@@ -1155,7 +1276,7 @@ def split_steps(pieces):
         position += len(line) + 1
 
     def has_content(part):
-        return bool(part.replace("#", "").strip())
+        return any(character.isalnum() for character in part)
 
     borders = [0]
     for border in heads or paragraphs:
@@ -1236,6 +1357,8 @@ def step_advantages(step_rewards, norm):
 """,
         """
 def step_advantages(step_rewards, norm):
+    import numpy as np
+
     arrays = [np.array(rewards, dtype=float) for rewards in step_rewards]
     if norm == "delta":
         advantages = [s - np.roll(s, 1) for s in arrays]
@@ -1268,103 +1391,87 @@ def step_advantages(step_rewards, norm):
     ],
     "group_advantages": [
         """
-def group_advantages(rewards, valid, group_size, divide=True):
-    if len(rewards) % group_size != 0:
-        raise ValueError("B is no multiple of G")
-    shape = (len(rewards) // group_size, group_size)
-    valid = valid.view(shape)
-    r = rewards.masked_fill(~valid.flatten(), 0.0).view(shape)
-    n = valid.sum(dim=1, keepdim=True)
-    centred = (r - r.sum(dim=1, keepdim=True) / n.clamp(min=1)).masked_fill(~valid, 0.0)
-    variance = centred.square().sum(dim=1, keepdim=True) / (n - 1).clamp(min=1)
-    low = r.masked_fill(~valid, math.inf).amin(dim=1, keepdim=True)
-    high = r.masked_fill(~valid, -math.inf).amax(dim=1, keepdim=True)
-    if divide:
-        centred = centred / (variance.sqrt() + 1e-6)
-    return torch.where((n > 1) & (low < high), centred, torch.zeros_like(r)).flatten()
+def group_advantages(rewards, divide_by_std=True):
+    n, total = 0, 0.0
+    for reward in rewards:
+        if reward is not None:
+            n += 1
+            total += reward
+    mean = total / max(n, 1)
+    distances = [0.0 if reward is None else reward - mean for reward in rewards]
+    variance = sum(distance * distance for distance in distances) / max(n - 1, 1)
+    known = [reward for reward in rewards if reward is not None]
+    if n < 2 or min(known) == max(known):
+        return [0.0 for _ in rewards]
+    if divide_by_std:
+        distances = [distance / (math.sqrt(variance) + 1e-6) for distance in distances]
+    return distances
 """,
         """
-def group_advantages(rewards, valid, group_size, divide=True):
-    import statistics
+def group_advantages(rewards, divide_by_std=True):
+    import numpy as np
 
-    if rewards.shape[0] % group_size:
-        raise ValueError(f"{rewards.shape[0]} is not a multiple of {group_size}")
-    r, ok, result = rewards.tolist(), valid.tolist(), []
-    for start in range(0, len(r), group_size):
-        group = range(start, start + group_size)
-        kept = [r[i] for i in group if ok[i]]
-        if len(set(kept)) < 2:
-            result += [0.0] * group_size
-            continue
-        mean = statistics.fmean(kept)
-        scale = statistics.stdev(kept) + 1e-6 if divide else 1.0
-        result += [(r[i] - mean) / scale if ok[i] else 0.0 for i in group]
-    return torch.tensor(result, dtype=rewards.dtype, device=rewards.device)
+    values = np.array([np.nan if reward is None else reward for reward in rewards], dtype=float)
+    known = values[~np.isnan(values)]
+    if len(known) < 2 or np.ptp(known) == 0:
+        return np.zeros(len(values)).tolist()
+    advantages = np.nan_to_num(values - known.mean())
+    if divide_by_std:
+        advantages /= known.std(ddof=1) + 1e-6
+    return list(advantages)
 """,
         """
-def group_advantages(rewards, valid, group_size, divide=True):
-    if rewards.numel() % group_size:
-        raise ValueError("the groups are not full")
-    parts = []
-    for r, ok in zip(rewards.split(group_size), valid.split(group_size)):
-        kept, part = r[ok].double(), torch.zeros_like(r)
-        if kept.unique().numel() > 1:
-            std, mean = torch.std_mean(kept)
-            advantage = kept - mean
-            if divide:
-                advantage /= std + 1e-6
-            part[ok] = advantage.to(r.dtype)
-        parts.append(part)
-    return torch.cat(parts)
+def group_advantages(rewards, divide_by_std=True):
+    places = [i for i, reward in enumerate(rewards) if reward is not None]
+    known = torch.tensor([rewards[i] for i in places], dtype=torch.float64)
+    advantages = torch.zeros(len(rewards), dtype=torch.float64)
+    if known.unique().numel() > 1:
+        std, mean = torch.std_mean(known)
+        advantages[places] = (known - mean) / (std + 1e-6 if divide_by_std else 1)
+    return advantages.tolist()
 """,
     ],
     "policy_loss": [
         """
-def policy_loss(logp, logp_old, advantages, mask, clip_low, clip_high, denominator):
-    log_ratio, a = logp[mask] - logp_old[mask], advantages[mask]
-    ratio = log_ratio.exp()
-    plain = ratio * a
-    clipped = torch.clip(ratio, 1 - clip_low, 1 + clip_high) * a
-    return -torch.min(plain, clipped).sum() / denominator
+def policy_loss(logp, logp_old, advantages, clip_low, clip_high):
+    ratio = (logp - logp_old).exp()
+    clipped = torch.clip(ratio, 1 - clip_low, 1 + clip_high)
+    return torch.max(-advantages * ratio, -advantages * clipped)
 """,
         """
-def policy_loss(logp, logp_old, advantages, mask, clip_low, clip_high, denominator):
-    outside = ~mask
-    ratio = (logp.masked_fill(outside, 0) - logp_old.masked_fill(outside, 0)).exp()
-    a = advantages.masked_fill(outside, 0)
-    bounded = torch.where(a >= 0, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low))
-    return (bounded * -a).sum() / denominator
+def policy_loss(logp, logp_old, advantages, clip_low, clip_high):
+    ratio = (logp - logp_old).exp()
+    low, high = ratio.clamp(min=1 - clip_low), ratio.clamp(max=1 + clip_high)
+    return torch.where(advantages >= 0, high, low) * -advantages
 """,
         """
-def policy_loss(logp, logp_old, advantages, mask, clip_low, clip_high, denominator):
-    total = torch.zeros((), dtype=logp.dtype, device=logp.device)
-    for b, t in mask.nonzero().tolist():
-        rho, a = torch.exp(logp[b, t] - logp_old[b, t]), advantages[b, t]
-        if a > 0 and rho > 1 + clip_high:
-            rho = 1 + clip_high
-        elif a < 0 and rho < 1 - clip_low:
-            rho = 1 - clip_low
-        total = total - rho * a
-    if not mask.any():
-        return total
-    return (total + 0 * logp[mask].sum()) / denominator
+def policy_loss(logp, logp_old, advantages, clip_low, clip_high):
+    losses = []
+    for now, before, a in zip(logp, logp_old, advantages):
+        ratio = torch.exp(now - before)
+        if a > 0 and ratio > 1 + clip_high:
+            ratio = 0 * now + 1 + clip_high
+        elif a < 0 and ratio < 1 - clip_low:
+            ratio = 0 * now + 1 - clip_low
+        losses.append(-ratio * a)
+    return torch.stack(losses) if losses else 0 * logp
 """,
     ],
-    "kl_to_reference": [
+    "kl_to_initial": [
         """
-def kl_to_reference(logp, logp_ref):
-    difference = logp - logp_ref
+def kl_to_initial(logp, logp_initial):
+    difference = logp - logp_initial
     return torch.special.expm1(-difference) + difference
 """,
         """
-def kl_to_reference(logp, logp_ref):
-    log_r = logp_ref.double() - logp.double()  # float32 would round below 0
+def kl_to_initial(logp, logp_initial):
+    log_r = logp_initial.double() - logp.double()  # float32 would round below 0
     k3 = torch.exp(log_r) - 1 - log_r
     return k3.clamp(min=0).to(logp.dtype)
 """,
         """
-def kl_to_reference(logp, logp_ref):
-    x = logp_ref - logp
+def kl_to_initial(logp, logp_initial):
+    x = logp_initial - logp
     series = x**2 / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5)))
     return torch.where(x.abs() < 0.01, series, x.exp() - 1 - x)
 """,

@@ -1,108 +1,133 @@
-"""What happens when something breaks? Each fault is made for real; faults.md is the table of them.
+"""What happens when something breaks? This program makes each fault and writes a table of them.
 
-    python tests/faults.py            # all of them, some minutes; writes tests/faults.md
+    python tests/stress/faults.py        # takes a few minutes, writes tests/docs/faults.md
 
-Around toy runs of two steps, whose undisturbed twin is known: what does the user read, what is the
-exit status, what is kept, and does --resume, where that is the way on, end in the twin's weights
-and metrics, with no reply of the judge paid twice? The tests make each fault too, and compare it
-with its row.
+Each fault happens to a small training run in the toy world, in a process of its own. The table
+says what the user reads, the exit status, what is kept, and whether the run ends with the weights
+of an undisturbed run after --resume. test_faults.py makes each fault again and compares its row.
 """
 
 import contextlib
-import io
 import json
+import math
 import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-os.environ["HF_HUB_OFFLINE"] = "1"  # no fault is waited for
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy")]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parent), *sys.path[:2]])
 
-import report  # noqa: E402
+import openai  # noqa: E402
 import torch  # noqa: E402
 import toy_world  # noqa: E402
-from datasets import disable_progress_bars  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoTokenizer, PreTrainedModel  # noqa: E402
+from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: E402, F401
 
 import exprl  # noqa: E402
-import judge_prompts  # noqa: E402
+from exprl import option  # noqa: E402
 
-TABLE = TESTS / "faults.md"
-SIZES = {
-    "--steps": "2", "--prompts-per-step": "2", "--group-size": "4", "--max-new-tokens": "60",
-    "--temperature": "1", "--lr": "1e-3", "--micro-batch": "4", "--kl": "0.1",
-    "--save-every": "1", "--judge-model": "toy-judge", "--judge-patience": "0",
-}  # fmt: skip
+TABLE = ROOT / "tests" / "docs" / "faults.md"
+SETTINGS = [exprl.TrainingSettings, exprl.SamplingSettings, exprl.JudgeSettings]
+SIZES = (
+    "--iterations 2 --prompts-per-iteration 2 --group-size 4 --max-new-tokens 60 --temperature 1 "
+    "--lr 1e-3 --micro-batch 4 --kl 0.1 --save-every 1 --judge-model toy-judge"
+)
 
-
-@dataclass
-class Row:
-    """A line of the table."""
-
-    group: str
-    fault: str
-    reads: str = ""  # the last line that the user reads, its paths and numbers as `...`
-    status: str = ""  # exit status
-    kept: str = ""
-    resumed: str = ""
+COMPLETIONS = 8  # completions in an iteration
 
 
+# ---- A judge that breaks -------------------------------------------------------------------------
 class Server(toy_world.ChatServer):
-    """The toy judge; it breaks after some calls until it is mended. `paid` counts its replies."""
+    """The toy judge. After some calls it answers with `fault`. `paid` counts its other replies."""
 
-    def __init__(self, fault=None, after: float = float("inf")):
-        self.fault, self.after, self.paid, self.lock = fault, after, Counter(), threading.Lock()
+    def __init__(self, fault=None, after=math.inf):
+        self.fault, self.after, self.paid = fault, after, 0
+        self.lock = threading.Lock()
         super().__init__(self.reply_or_break)
         self.RequestHandlerClass = Handler
 
-    def handle_error(self, request, address) -> None:
-        """Nothing: the other side was killed."""
+    def handle_error(self, request, address):
+        """Do nothing. The process on the other side was killed."""
 
-    def reply_or_break(self, request: dict):
+    def reply_or_break(self, request):
+        if request["messages"][0]["content"].startswith("Reply with"):  # the first, small call
+            return "ready" if self.after else self.fault
         with self.lock:
-            breaks = len(self.requests) > self.after
-            if not breaks:
-                self.paid[json.dumps(request["messages"])] += 1
-        return self.fault if breaks else toy_world.answer(request)
+            if self.paid >= self.after:
+                return self.fault
+            self.paid += 1
+        return toy_world.answer(request)
 
 
 class Handler(toy_world.ChatHandler):
-    """Replies, or closes the connection, or is late, or sends what is no JSON."""
+    """Besides replies, it can close the connection or be late."""
 
     def reply(self, status, body):
         if status == "closed":
             self.close_connection = True
-        elif status == "torn":
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", "5")
-            self.end_headers()
-            self.wfile.write(b'{"id"')
-            self.wfile.flush()
-        else:
-            time.sleep(1.5 if status == "late" else 0)
-            with contextlib.suppress(OSError):
-                super().reply(200 if status == "late" else status, body)
+            return
+        if status == "late":
+            time.sleep(3)
+            status = 200
+        with contextlib.suppress(OSError):  # nobody waits any more
+            super().reply(status, body)
 
 
-# ---- The world, and what is done in it -----------------------------------------------------------
+# ---- Runs, each in a process of its own ----------------------------------------------------------
+# A fork server imports this module once, so that a process starts within a tenth of a second.
+exprl.is_correct("1", "1")  # loads the parsers of math_verify, which takes a second
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["faults"])
+
+
+def train_in_child(arguments, output, patience, timeout, file_size):
+    """Train with short waits. What the program prints goes to a file."""
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    exprl.PATIENCE, exprl.PAUSE = patience, 0.1
+    make_client = openai.OpenAI
+    waits = {"timeout": timeout, "max_retries": 0}
+    openai.OpenAI = lambda **options: make_client(**(options | waits))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, hard_limit))
+    try:
+        exprl.run_command(exprl.train, SETTINGS, arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard_limit, hard_limit))
+
+
+def wait_for(condition, seconds=60):
+    """Wait until condition() is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
+        time.sleep(0.01)
+
+
+def build_world(folder):
+    """Make a toy world of 24 problems, in a few seconds. Its base model is seldom correct."""
+    toy_world.build(folder, seed=0, steps=250, n_train=24, n_held_out=1)
+
+
 @dataclass
 class World:
-    """A small toy world, its judge, and a run to which nothing happened."""
+    """A small toy world, its judge, and `twin`, a run that nothing happens to."""
 
     folder: Path
     judge: Server = field(default_factory=Server)
@@ -110,693 +135,440 @@ class World:
 
     def __post_init__(self):
         if not (self.folder / "base").exists():
-            toy_world.build(self.folder, seed=0, steps=900, n_train=24, n_held_out=64)
+            build_world(self.folder)
         self.twin = self.place()
         assert self.train(self.twin)[0] == 0
 
-    def place(self) -> Path:
-        """A fresh folder for a run, with a cache of its own."""
+    def place(self):
+        """Return a new folder for a run, with a cache of its own."""
         self.count += 1
-        return self.folder / f"place{self.count}" / "run"
+        folder = self.folder / f"place{self.count}"
+        folder.mkdir()
+        return folder / "run"
 
-    def command(self, out: Path, *flags: str, **changes: object) -> list[str]:
-        """The arguments of a small training run."""
-        made = {"--model": self.folder / "base", "--data": self.folder / "train.jsonl"}
-        made |= {"--out": out, "--judge-url": self.judge.url} | SIZES
-        made |= {"--" + name.replace("_", "-"): value for name, value in changes.items()}
-        return ["train", *(str(word) for pair in made.items() for word in pair), *flags]
+    def start(self, out, *flags, patience=0.3, timeout=60, file_size=resource.RLIM_INFINITY):
+        """Start a run -> (process, file of its output). Flags replace those of SIZES."""
+        self.count += 1
+        output = self.folder / f"output{self.count}"
+        files = ["--model", self.folder / "base", "--data", self.folder / "train.jsonl"]
+        arguments = [*files, "--out", out, "--judge-url", self.judge.url, *SIZES.split(), *flags]
+        arguments = [str(argument) for argument in arguments]
+        process = FORKS.Process(
+            target=train_in_child, args=(arguments, output, patience, timeout, file_size)
+        )
+        process.start()
+        return process, output
 
-    def train(self, out: Path, *flags: str, **changes: object) -> tuple[int, str]:
-        """Run it here: (exit status, the last line that the user reads)."""
-        return run(exprl.main, self.command(out, *flags, **changes))
+    def train(self, out, *flags, **limits):
+        """Run it to its end -> (exit status, the last line that the user reads)."""
+        return result(*self.start(out, *flags, **limits))
 
-    def is_twin(self, out: Path) -> bool:
-        """Whether weights and metrics are to the bit those of the undisturbed run."""
-        weights = [(p / "final" / "model.safetensors").read_bytes() for p in (out, self.twin)]
-        return weights[0] == weights[1] and learned(out) == learned(self.twin)
-
-    def resumed(self, out: Path, **changes: object) -> str:
-        """What becomes of it with --resume."""
-        status, words = self.train(out, "--resume", **changes)
+    def resume(self, out):
+        """Say what becomes of a run with --resume, and whether replies are paid twice."""
+        missing, paid = count_replies(self.twin) - count_replies(out), self.judge.paid
+        status, words = self.train(out, "--resume")
         if status:
             return f"no: {words}"
-        return "to the bit" if self.is_twin(out) else "to other weights"
+        twice = self.judge.paid - paid - missing
+        return difference(out, self.twin) + (f"; {twice} replies paid twice" if twice > 0 else "")
 
 
-def run(command: Callable, arguments: list[str]) -> tuple[int, str]:
-    """(exit status, the last line that the user reads) of a command in this process. What leaves a
-    traceback raises here, and more than one line of a failure does too."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            command(arguments)
-    except SystemExit as stopped:
-        if isinstance(stopped.code, str):
-            assert "\n" not in stopped.code, stopped.code
-            return 1, plain(stopped.code)
-        lines = said.getvalue().strip().split("\n")  # of argparse
-        return stopped.code or 0, plain(lines[-1])
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return 0, plain(re.split(r"[\r\n]+", said.getvalue().strip())[-1])
+def result(process, output):
+    """Wait for a process -> (exit status, the last line that the user reads)."""
+    process.join(120)
+    assert process.exitcode is not None, "the process did not end within two minutes"
+    text = output.read_text(errors="replace")
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip() and "%|" not in line]
+    line = re.sub(r"[^\s'\"]*/(?=(?:place\d+|base|broken)\b)", "", lines[-1]) if lines else ""
+    line = re.sub(r"place\d+/", "", line)
+    line = re.sub(r"^\S+: error:", "exprl.py: error:", line)
+    line = re.sub(r"(?<=127\.0\.0\.1:)\d{4,}", "PORT", line)
+    is_traceback = "Traceback (most recent call last)" in text
+    return process.exitcode, "Traceback: " * is_traceback + line
 
 
-def plain(words: str) -> str:
-    """Without what differs from run to run: folders and ports."""
-    words = re.sub(r"\S*/(?=(?:place\d+|base|broken\d*)\b)", "", words)
-    words = re.sub(r"place\d+/", "", words)
-    words = re.sub(r"^\S+: error:", "exprl.py: error:", words)
-    words = re.sub(r"(?<=127\.0\.0\.1:)\d+", "PORT", words)
-    return re.sub(r"/tmp/[\w/.-]+", "...", words)
+def difference(out, twin):
+    """Compare two finished runs, in words."""
+    weights = [(run / "final" / "model.safetensors").read_bytes() for run in (out, twin)]
+    if weights[0] != weights[1]:
+        return "other weights"
+    logs = [read_logs(run) for run in (out, twin)]
+    missing = [i for i, records in logs[1].items() if logs[0].get(i) != records]
+    return "bit for bit" + (f", but the logs lack iterations {missing}" if missing else "")
 
 
-def learned(out: Path) -> list[dict]:
-    """The metrics, without the times and what was paid."""
-    names = ("judge_calls", "prompt_tokens", "completion_tokens")
-    records = exprl.read_log(out / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k not in names and k[:7] != "seconds"} for r in records]
+def read_logs(out):
+    """Return {iteration: its last metrics and completions}, without the amounts paid."""
+    logged = {}
+    for record in exprl.read_jsonl(out / "metrics.jsonl"):
+        for name in ("judge_calls", "prompt_tokens", "completion_tokens"):
+            record.pop(name, None)
+        logged[record["iteration"]] = [record]
+    for record in exprl.read_jsonl(out / "rollouts.jsonl"):
+        logged.setdefault(record["iteration"], []).append(record)
+    return {i: records[:1] + records[1:][-COMPLETIONS:] for i, records in logged.items()}
 
 
-def kept(out: Path) -> str:
-    """What is left of a run that has stopped."""
-    steps = 0
-    with contextlib.suppress(Exception):
-        steps = torch.load(out / "checkpoint.pt")["step"]
-    cache = out.parent / "judge_cache.jsonl"
-    replies = len(exprl.read_log(cache)) if cache.exists() else 0
-    has = [f"{steps} step{'' if steps == 1 else 's'}"] if steps else []
-    return ", ".join([*has, *([f"{replies} replies"] if replies else [])]) or "nothing to keep"
+def count_replies(out):
+    """Count the judge's replies that are kept beside a run."""
+    records = exprl.read_jsonl(out.parent / "judge_cache.jsonl")
+    return len({record["key"] for record in records})
 
 
-# ---- The judge breaks in mid-run -----------------------------------------------------------------
-def error(text: str, **more: str) -> dict:
+def kept(out):
+    """Say what is left of a run that has ended."""
+    file, iterations = out / "checkpoint.pt", 0
+    with contextlib.suppress(Exception):  # torch raises all kinds for a damaged file
+        iterations = torch.load(file)["iteration"]
+    return f"{iterations} iteration{'s' * (iterations != 1)}, {count_replies(out)} replies"
+
+
+# ---- The judge breaks ----------------------------------------------------------------------------
+def error(text, **more):
     return {"error": {"message": text} | more}
 
 
-def reply(**content: object) -> dict:
-    choice = {"index": 0, "message": {"role": "assistant"} | content}
+def reply(content, finish_reason="stop"):
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     return {"id": "x", "object": "chat.completion", "choices": [choice]}
 
 
-OUT = {  # it is not there: no verdict
+UNAVAILABLE = {  # the run waits, then it stops
     "429, too many requests": (429, error("slow down")),
-    "500": (500, error("broken")),
     "502 with a page": (502, "<html>Bad gateway</html>"),
     "503": (503, error("loading")),
-    "408": (408, error("too slow")),
-    "JSON that breaks off": ("torn", {}),
-    "a page, and 200": (200, "<html>Welcome</html>"),
-    "a list, and 200": (200, [1]),
-    "the connection is closed": ("closed", {}),
+    "a page with status 200": (200, "<html>Welcome</html>"),
+    "an error with status 200": (200, error("overloaded")),
+    "no choices": (200, {"id": "x", "object": "chat.completion", "choices": []}),
+    "a closed connection": ("closed", {}),
     "no answer in time": ("late", error("sorry")),
 }
-REFUSED = {  # no later call would be answered either
+REFUSED = {  # the run stops at once
     "401, a wrong key": (401, error("no such key")),
     "402, no credit": (402, error("pay first")),
-    "403": (403, error("not for you")),
     "404, no such model": (404, error("no such model")),
-    "429, a quota that is used up": (429, error("no quota left", code="insufficient_quota")),
 }
 UNSCORED = {  # it answers, but gives no score
     "400, the prompt is too long": (400, error("too long")),
-    "no choices": (200, {"id": "x", "object": "chat.completion", "choices": []}),
-    "null as content": (200, reply(content=None)),
-    "a list as content": (200, reply(content=[{"type": "text", "text": "Score: 5"}])),
-    "an error, and 200": (200, error("overloaded")),
+    "403, moderation": (403, error("not this text")),
+    "null as content": (200, reply(None)),
+    "a reply that the length limit cut off": (200, reply("Step 1: 5", "length")),
     "no score in the reply": "I would rather not say.",
     "a score for the first step only": "Step 1: 5",
     "scores of 6": "\n".join(f"Step {t}: 6" for t in range(1, 17)),
 }
 
 
-def judge_breaks(world: World, name: str, answer: object, after: int) -> Row:
-    """A judge that breaks after some calls, and is mended before the run goes on."""
-    out, server = world.place(), Server(answer, after)
-    row = Row("the judge breaks", f"{name}, after {after} calls")
-    with hurried(0.5 if answer[0] == "late" else 8.0):
-        code, row.reads = world.train(out, judge_url=server.url)
-    cache = out.parent / "judge_cache.jsonl"
-    with contextlib.suppress(AssertionError):  # a thread may still be writing
-        wait_for(lambda: len(exprl.read_log(cache)) >= server.paid.total(), 5)
-    row.status, row.kept, before = str(code), kept(out), len(learned(out))
-    server.after = float("inf")
-    row.resumed = world.resumed(out, judge_url=server.url)
-    if before and name in UNSCORED:
-        failed = sum(r["judge_failed"] for r in learned(out)[:before]) * 8
-        row.resumed += f": {failed:.0f} verdict{'' if failed == 1 else 's'} had no score"
-    twice = sum(n > 1 for n in server.paid.values())
-    row.resumed += f"; {twice} paid twice" if twice else ""
-    server.shutdown()
-    return row
+ANSWERS = UNAVAILABLE | REFUSED | UNSCORED
 
 
-def judge_is_back(world: World, name: str, answer: object) -> Row:
-    """An outage that ends while the run waits."""
-    out, server = world.place(), Server(answer, 9)
-    row = Row("the judge breaks", f"{name}, after 9 calls, and is back while the run waits")
-    timer = threading.Timer(1.5, lambda: setattr(server, "after", float("inf")))
-    timer.start()
-    code, row.reads = world.train(out, judge_url=server.url, judge_patience="1")
-    row.status, row.kept = str(code), kept(out)
-    row.resumed = "not needed: " + ("to the bit" if world.is_twin(out) else "to other weights")
+def judge_breaks(answer, after, world, out):
+    server = Server(answer, after)
+    timeout = 1 if answer[0] == "late" else 60
+    done = world.train(out, "--judge-url", server.url, timeout=timeout)
     server.shutdown()
-    return row
+    return done
+
+
+def judge_is_back(world, out):
+    server = Server(ANSWERS["503"], after=9)
+    process, output = world.start(out, "--judge-url", server.url, patience=60)
+    wait_for(lambda: len(server.requests) > 12)
+    server.after = math.inf
+    done = result(process, output)
+    server.shutdown()
+    return done
 
 
 # ---- Files that are damaged, or cannot be written ------------------------------------------------
-def tear(path: Path) -> None:
+def tear(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def fill_with_noise(path: Path) -> None:
-    path.write_bytes(random.Random(0).randbytes(5000))
-
-
-DAMAGE = {
-    "is torn": tear,
-    "is empty": lambda path: path.write_bytes(b""),
-    "holds noise": fill_with_noise,
-    "is gone": Path.unlink,
-    "holds other JSON": lambda path: path.write_text('[1]\n{"a": 1}\n3\n'),
-}
-
-
-def file_is_damaged(world: World, name: str, what: str) -> Row:
-    """A run of one step whose file is damaged before it goes on."""
-    out = world.place()
-    assert world.train(out, steps="1")[0] == 0
-    DAMAGE[what](out / name)
-    row = Row("a file is damaged before --resume", f"`{name.removeprefix('../')}` {what}")
-    status, row.reads = world.train(out, "--resume")
-    row.status, row.kept = str(status), kept(out)
-    if not status:
-        same = (out / "final" / "model.safetensors").read_bytes()
-        same = same == (world.twin / "final" / "model.safetensors").read_bytes()
-        row.resumed = (
-            "to the bit" if world.is_twin(out) else "weights to the bit, metrics of step 2"
-        )
-        row.resumed = row.resumed if same else "to other weights"
-    return row
 
 
 class Evil:
     """A pickle that would run a command."""
 
     def __reduce__(self):
-        return (os.system, ("touch executed",))
+        return os.system, ("touch executed",)
 
 
-def pickle_executes(world: World) -> Row:
-    out = world.place()
-    assert world.train(out, steps="1")[0] == 0
-    torch.save({"step": 1, "paid": Evil()}, out / "checkpoint.pt")
-    row = Row("a file is damaged before --resume", "`checkpoint.pt` would execute a command")
-    status, row.reads = world.train(out, "--resume")
-    row.status, row.kept = str(status), kept(out)
+def execute(path):
+    torch.save({"iteration": 1, "model": Evil()}, path)
+
+
+DAMAGE = {
+    "`checkpoint.pt` is torn, and then deleted as the message says": ("checkpoint.pt", tear),
+    "`checkpoint.pt` is deleted": ("checkpoint.pt", Path.unlink),
+    "`checkpoint.pt` would execute a command, and is then deleted": ("checkpoint.pt", execute),
+    "`metrics.jsonl` is torn": ("metrics.jsonl", tear),
+    "`rollouts.jsonl` is torn": ("rollouts.jsonl", tear),
+    "`judge_cache.jsonl` is torn": ("../judge_cache.jsonl", tear),
+    "`judge_cache.jsonl` is deleted": ("../judge_cache.jsonl", Path.unlink),
+}
+
+
+def file_is_damaged(name, damage, world, out):
+    """Damage a file after one iteration and resume the run."""
+    assert world.train(out, "--iterations", "1")[0] == 0
+    damage(out / name)
+    status, words = world.train(out, "--resume")
     assert not Path("executed").exists()
-    return row
+    if status:
+        (out / name).unlink()  # as the message says
+    return status, words
 
 
-def other_run(world: World) -> Row:
-    out, other = world.place(), world.place()
-    assert world.train(out, steps="1")[0] == 0
-    assert world.train(other, steps="1", seed="5")[0] == 0
-    shutil.copy(other / "checkpoint.pt", out / "checkpoint.pt")
-    row = Row("a file is damaged before --resume", "`checkpoint.pt` is another run's")
-    status, row.reads = world.train(out, "--resume")
-    row.status, row.kept = str(status), kept(out)
-    return row
+def disk_is_full(name, share, flags, world, out):
+    """Limit the size of all files to a share of the size that one file has in the twin."""
+    return world.train(out, *flags, file_size=int(share * (world.twin / name).stat().st_size))
 
 
-WHEN_FULL = {"settings.json": 0, "final/": 0, "checkpoint.pt": 1}  # else after the second time
-FULL = {
-    "settings.json": "settings.json", "metrics.jsonl": "metrics.jsonl", "rollouts.jsonl":
-    "rollouts.jsonl", "judge_cache.jsonl": "judge_cache.jsonl", "checkpoint.pt": "checkpoint.tmp",
-    "final/": "final",
-}  # fmt: skip
+# ---- The process is stopped ----------------------------------------------------------------------
+def send_signals(numbers, world, out):
+    """Send signals during the fifth call of the judge -> (exit status, last line)."""
+    server = Server("Please wait.", after=4)
+    flags = ["--judge-url", server.url, "--save-every", "100", "--judge-threads", "1"]
+    process, output = world.start(out, *flags, "--iterations", "50")
+    arrived, answered = threading.Event(), threading.Event()
+
+    def hold(request):
+        if server.paid == 4:
+            arrived.set()
+            answered.wait(60)
+            server.after = math.inf
+        return server.reply_or_break(request)
+
+    server.answer = hold
+    assert arrived.wait(60)
+    for number in numbers:
+        os.kill(process.pid, number)
+        wait_for(lambda: "stopping" in output.read_text() or process.exitcode is not None)
+    answered.set()
+    done = result(process, output)
+    server.shutdown()
+    return done
 
 
-def disk_is_full(world: World, name: str) -> Row:
-    """There is no room for a file when it is written once more."""
-    out, seen, write_log, save = world.place(), Counter(), exprl.write_log, torch.save
-    save_pretrained = PreTrainedModel.save_pretrained
-
-    def check(path: Path) -> None:
-        seen[path.name] += 1
-        if path.name == FULL[name] and seen[path.name] > WHEN_FULL.get(name, 2):
-            path.exists() and path.is_file() and path.open("a").write('{"torn')
-            raise OSError(28, "No space left on device", path.name)
-
-    exprl.write_log = lambda path, *args: (check(Path(path)), write_log(path, *args))[1]
-    torch.save = lambda state, path: (check(Path(path)), save(state, path))[1]
-    PreTrainedModel.save_pretrained = lambda self, path, *args, **kw: (
-        check(Path(path)), save_pretrained(self, path, *args, **kw))[1]  # fmt: skip
-    row = Row("the disk is full", f"while `{name}` is written")
-    try:
-        status, row.reads = world.train(out)
-    finally:
-        exprl.write_log, torch.save = write_log, save
-        PreTrainedModel.save_pretrained = save_pretrained
-    row.status, row.kept = str(status), kept(out)
-    row.resumed = world.resumed(out)
-    return row
+def two_with_one_cache(world, out):
+    outs = [out, out.parent / "other"]
+    started = [world.start(folder) for folder in outs]
+    done = [result(*process) for process in started]
+    assert difference(outs[1], world.twin) == "bit for bit"
+    return max(done)
 
 
-# ---- The process is stopped, or is not alone -----------------------------------------------------
-os.environ["PYTHONPATH"] = f"{TESTS}{os.pathsep}{TESTS.parent}"
-FORKS = multiprocessing.get_context(
-    "forkserver"
-)  # a server that has torch loaded: a start is quick
-FORKS.set_forkserver_preload(["faults"])
-
-
-def in_child(arguments: list[str], words: str) -> None:
-    """What a process of its own does: exprl.py; what that prints goes into a file."""
-    with open(words, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    with hurried():
-        exprl.main(arguments)
-
-
-def start(world: World, out: Path, *flags: str, **changes: object):
-    """A process that trains, and the file that has what it prints."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    world.count += 1
-    words = out.parent / f"said{world.count}"
-    process = FORKS.Process(
-        target=in_child, args=(world.command(out, *flags, **changes), str(words))
-    )
-    process.start()
-    return process, words
-
-
-def last_line(path: Path) -> str:
-    return plain(re.split(r"[\r\n]+", path.read_text().strip())[-1])
-
-
-def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-def killed(world: World, times: int = 20) -> Row:
-    """kill -9 at random moments between the start and the end, in the final save too."""
-    draw, same, failed = random.Random(0), 0, ""
-    begun = time.monotonic()
-    process, _ = start(world, world.place())
-    process.join(300)
-    length = time.monotonic() - begun
+def kill_at_random(world, out, times=20):
+    """Kill runs at random moments between their start and their end, and resume each."""
+    draw, begun = random.Random(0), time.monotonic()
+    assert world.train(out)[0] == 0
+    length, becomes = time.monotonic() - begun, Counter()
     for i in range(times):
-        out = world.place()
-        process, _ = start(world, out)
+        killed = world.place()
+        process, _ = world.start(killed)
         process.join(length * (i + draw.random()) / times)
         process.kill()
         process.join()
-        how = world.resumed(out)
-        same += how == "to the bit"
-        failed = failed or how * (how != "to the bit")
-    row = Row(
-        "the process is stopped", "kill -9 at random moments, from the start to the last save"
-    )
-    row.status, row.kept = "-9", "the steps up to the last checkpoint"
-    row.resumed = f"to the bit, {same} times of {times}" + failed
-    return row
-
-
-def killed_in_a_save(world: World) -> Row:
-    """kill -9 while half of the checkpoint is written."""
-    out = world.place()
-    process, _ = start(world, out, steps="1")
-    process.join(300)
-    (out / "checkpoint.tmp").write_bytes((out / "checkpoint.pt").read_bytes()[:5000])
-    with (out / "rollouts.jsonl").open("a") as file:
-        file.write('{"step": 2, "text": "torn')
-    row = Row("the process is stopped", "kill -9 while a checkpoint is written")
-    row.status, row.kept, row.resumed = "-9", kept(out), world.resumed(out)
-    return row
-
-
-def all_of(world: World, out: Path) -> tuple[str, str]:
-    """What is kept of a long run that was stopped, and what becomes of it in two steps more."""
-    steps = torch.load(out / "checkpoint.pt")["step"]
-    more, whole = str(steps + 2), world.place()
-    kept = "all whole steps" if steps == len(learned(out)) else f"{steps} steps"
-    assert world.train(out, "--resume", steps=more)[0] == 0
-    assert world.train(whole, steps=more)[0] == 0
-    weights = [(p / "final" / "model.safetensors").read_bytes() for p in (out, whole)]
-    return kept, "to the bit" if weights[0] == weights[1] else "to other weights"
-
-
-def terminated(world: World, number: int, name: str) -> Row:
-    out = world.place()
-    often = "100" if number == signal.SIGTERM else "1"  # steps between checkpoints
-    process, words = start(world, out, steps="500", save_every=often)
-    wait_for(lambda: (out / "metrics.jsonl").exists() and len(learned(out)) > 2)
-    os.kill(process.pid, number)
-    process.join(60)
-    row = Row("the process is stopped", name, last_line(words), str(process.exitcode), "")
-    row.kept, row.resumed = all_of(world, out)
-    return row
-
-
-def interrupted_while_importing(world: World) -> Row:
-    out = world.place()
-    command = [sys.executable, str(TESTS.parent / "exprl.py"), *world.command(out)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    words, _ = process.communicate(timeout=60)
-    row = Row("the process is stopped", "Ctrl-C while Python imports torch")
-    row.reads = "Python's own traceback, " + plain(words.strip().split("\n")[-1])
-    row.status, row.kept = str(process.returncode), kept(out)
-    return row
-
-
-def two_in_one_folder(world: World) -> Row:
-    out = world.place()
-    first, _ = start(world, out, steps="500")
-    wait_for(lambda: (out / "metrics.jsonl").exists() and learned(out))
-    other, words = start(world, out, "--resume", steps="500")
-    other.join(60)
-    assert first.exitcode is None
-    first.terminate()
-    first.join(60)
-    row = Row("the process is not alone", "a second process on the same `--out`", last_line(words))
-    row.status = str(other.exitcode)
-    row.kept, row.resumed = all_of(world, out)
-    return row
-
-
-def two_with_one_cache(world: World) -> Row:
-    first = world.place()
-    outs = [first, first.parent / "beside"]
-    started = [start(world, out) for out in outs]
-    for process, _ in started:
-        process.join(60)
-    row = Row("the process is not alone", "two runs at a time with one `judge_cache.jsonl`")
-    row.status = " and ".join(str(process.exitcode) for process, _ in started)
-    lines = (first.parent / "judge_cache.jsonl").read_text().split("\n")
-    row.kept = "each line whole" if all(json.loads(x) for x in lines if x) else "torn lines"
-    row.resumed = "both: to the bit" if all(map(world.is_twin, outs)) else "to other weights"
-    return row
+        becomes[world.resume(killed)] += 1
+    said = ", ".join(f"{n} of {times} {how}" for how, n in becomes.items())
+    return -9, "", "the iterations up to the last checkpoint", said
 
 
 # ---- Models, data, flags -------------------------------------------------------------------------
-def broken_model(world: World, name: str, change: Callable[[Path], None]) -> Row:
-    folder = world.place().parent / "broken"
+def model_is_changed(change, world, out):
+    folder = out.parent / "broken"
     shutil.copytree(world.folder / "base", folder)
     change(folder)
-    out = world.place()
-    row = Row("the model", name)
-    status, row.reads = world.train(out, model=folder)
-    row.status = str(status)
-    row.kept = "" if status else kept(out)
-    return row
+    return world.train(out, "--model", folder)
 
 
-def change_json(name: str, **values: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        known = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-        (folder / name).write_text(json.dumps(known | values))
+def set_nan(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def without(name):
+    """Remove a token, or the chat template, from the tokenizer and the configuration."""
+
+    def change(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        setattr(tokenizer, name, None)
+        tokenizer.save_pretrained(folder)
+        for file in (folder / "config.json", folder / "generation_config.json"):
+            values = json.loads(file.read_text())
+            file.write_text(json.dumps(values | {f"{name}_id": None}))
 
     return change
 
 
-def no_number(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][0] = float("nan")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def more_tokens(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"new{i}" for i in range(50)])
-    tokenizer.save_pretrained(folder)
-
-
-def without_eos(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(folder)
-    change_json("config.json", eos_token_id=None)(folder)
-    change_json("generation_config.json", eos_token_id=None)(folder)
-
-
-def without_pad(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(folder)
-
-
-def without_template(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(folder)
-
-
-def broken_template(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('no') }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-
-
 MODELS = {
     "its weights are torn": lambda folder: tear(folder / "model.safetensors"),
+    "a weight is NaN": set_nan,
     "it has no configuration": lambda folder: (folder / "config.json").unlink(),
-    "a weight is no number": no_number,
     "it has no tokenizer": lambda folder: [p.unlink() for p in folder.glob("tokenizer*")],
-    "the tokenizer has 50 tokens more": more_tokens,
-    "no end-of-sequence token": without_eos,
-    "no padding token": without_pad,
-    "no chat template": without_template,
-    "a chat template that raises": broken_template,
+    "it has no end-of-sequence token": without("eos_token"),
+    "it has no padding token": without("pad_token"),
+    "it has no chat template": without("chat_template"),
 }
+PROBLEMS = toy_world.make_rows(0, 4, 0)[0]
 
 
-def four(**changes: str) -> str:
-    """The first four rows of the world, each with another question, reference or answer."""
-    return "".join(json.dumps(ROWS[i] | changes) + "\n" for i in range(4))
+def changed(**values):
+    """Four problems as text, with other values."""
+    return "".join(json.dumps(problem | values) + "\n" for problem in PROBLEMS)
 
 
-ROWS, _ = toy_world.make_rows(0, 24, 64)
 DATA = {
     "an empty file": "",
-    "no JSON": "what is this\n",
-    "JSON that is no object": "[1, 2]\n",
-    "a row without a question": json.dumps({"reference": "x"}),
-    "a row without a reference": json.dumps({"question": "x"}),
-    "a domain that there is not": four(domain="law"),
-    "fewer rows than a batch": four().split("\n")[0],
-    "a byte order mark": "\ufeff" + four(),
-    "NUL in an answer": four(answer="5\09"),
-    "half a surrogate pair in an answer": four(answer="\ud800"),
-    "half a surrogate pair in a reference": four(reference=ROWS[0]["reference"] + "\ud800"),
-    "a reference of 1 MB": four(reference=ROWS[0]["reference"] + " and so on" * 10**5),
-    "an answer that explodes": four(answer="10^{10^{10}}"),
-    "an answer of 100,000 digits": four(answer="9" * 10**5),
-    "an answer of deep braces": four(answer="{" * 3000 + "}" * 3000),
+    "text that is not JSON": "what is this\n",
+    "JSON that is not an object": "[1, 2]\n",
+    "a record without a question": json.dumps({"reference": "x"}),
+    "a record without a reference": json.dumps({"question": "x"}),
+    "an unknown domain": changed(domain="law"),
+    "fewer problems than --prompts-per-iteration": changed().split("\n")[0],
+    "a byte order mark": "\ufeff" + changed(),
+    "a NUL in an answer": changed(answer="5\09"),
+    "half a surrogate pair in a reference": changed(reference="\ud800"),
+    "an answer that explodes": changed(answer="10^{10^{10}}").split("\n")[0],
 }
 
 
-def broken_data(world: World, name: str, text: str) -> Row:
-    out = world.place()
-    out.parent.mkdir(parents=True)
+def data_is_changed(text, world, out):
     data = out.parent / "broken.jsonl"
     data.write_text(text)
-    row = Row("the data", name)
-    few = (
-        {"prompts_per_step": "1", "group_size": "2"}
-        if "explodes" in name or "braces" in name
-        else {}
-    )
-    status, row.reads = world.train(out, data=data, steps="1", **few)
-    row.status, row.kept = str(status), "" if status else kept(out)
-    return row
+    return world.train(out, "--data", data, "--iterations", 1, "--group-size", 2)
 
 
-FLAGS = {
-    "--steps 0": {}, "--group-size 1": {}, "--lr nan": {}, "--lr inf": {}, "--temperature 0": {},
-    "--clip-low -1": {}, "--method ppo": {}, "--judge-options {bad": {}, "--stepz 3": {},
-    "--judge-patience -1": {}, "--max-judge-calls 3": {}, "--lr 1e30": {},
-    "--model runs/none": {}, "--data runs/none.jsonl": {}, "--judge-url http://127.0.0.1:9/v1": {},
-}  # fmt: skip
+FLAGS = [
+    "--iterations 0", "--lr nan", "--lr 1e30", "--temperature 0", "--clip-low -1", "--method ppo",
+    "--judge-options {bad", "--iteration 3", "--max-judge-calls 3", "--max-new-tokens 300",
+    "--model runs/none", "--data runs/none.jsonl", "--judge-url http://127.0.0.1:9/v1",
+]  # fmt: skip
 
 
-def broken_flag(world: World, words: str) -> Row:
-    out, (flag, value) = world.place(), words.split(" ", 1)
-    row = Row("a flag", f"`{words}`")
-    changes = {flag.removeprefix("--").replace("-", "_"): value}
-    status, row.reads = world.train(out, **changes)
-    row.status = str(status)
-    return row
+def flag_is_given(words, world, out):
+    return world.train(out, *words.split(" ", 1))
 
 
-def evaluate(world: World, name: str, **changes: object) -> Row:
-    out = world.place()
-    made = {"--model": world.folder / "base", "--data": world.folder / "heldout.jsonl"}
-    made |= {"--out": out, "--problems": "4", "--samples": "2", "--max-new-tokens": "60"}
-    made |= {"--" + key.replace("_", "-"): value for key, value in changes.items()}
-    row = Row("eval and report", name)
-    words = [str(word) for pair in made.items() for word in pair]
-    status, row.reads = run(exprl.main, ["eval", *words])
-    row.status = str(status)
-    return row
+def runs_again(flags, world, out):
+    """Start a second run in the folder of a first one."""
+    assert world.train(out, "--iterations", "1")[0] == 0
+    return world.train(out, *flags)
 
 
-def evaluation_killed(world: World) -> Row:
-    """kill -9 while problems are sampled; then the same command again."""
-    folders = [world.place(), world.place()]
-    made = {"--model": world.folder / "base", "--data": world.folder / "heldout.jsonl"}
-    made |= {"--problems": "24", "--samples": "4", "--max-new-tokens": "60", "--sample-batch": "4"}
-    commands = []
-    for out in folders:
-        words = [str(word) for pair in (made | {"--out": out}).items() for word in pair]
-        commands.append(["eval", *words])
-        out.parent.mkdir(parents=True)
-    process = FORKS.Process(target=in_child, args=(commands[0], str(folders[0].parent / "said")))
-    process.start()
-    counted = lambda out: [p for p in out.glob("*.jsonl") if p.stat().st_size]  # noqa: E731
-    wait_for(lambda: counted(folders[0]))
-    process.kill()
-    process.join()
-    lines = [len(exprl.read_log(path)) for path in counted(folders[0])]
-    row = Row("eval and report", "kill -9 in eval, and the same command again")
-    row.kept = "what was counted so far" if 0 < lines[0] < 24 else f"{lines} of 24"
-    status = [run(exprl.main, command)[0] for command in commands]
-    same = counted(folders[0])[0].read_bytes() == counted(folders[1])[0].read_bytes()
-    row.status = f"-9, then {status[0]}"
-    row.resumed = "from the start, to the same counts and texts" if same else "to others"
-    return row
+# ---- All of them ---------------------------------------------------------------------------------
+def all_faults():
+    """Return {group: {name: function}}.
 
-
-def report_on(world: World, name: str, change: Callable[[Path], None]) -> Row:
-    out = world.place()
-    shutil.copytree(world.twin, out)
-    change(out)
-    row = Row("eval and report", name)
-    page = out.parent / "report.html"
-    figure = ["--figure", str(out.parent / "curves.png")]
-    status, row.reads = run(report.main, [str(out), "--out", str(page), *figure])
-    row.status, row.kept = str(status), "a page" if page.exists() else ""
-    return row
-
-
-def empty_file(world: World) -> Path:
-    path = world.place().parent / "broken.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text("")
-    return path
-
-
-def all_faults() -> dict[str, Callable[[World], Row]]:
-    """{a name: what makes the fault and tells what happened}."""
-    made: dict[str, Callable[[World], Row]] = {}
-    for kinds in (OUT, REFUSED, UNSCORED):
-        for name, answer in kinds.items():
-            for after in (3, 9):
-                made[f"judge: {name}, {after}"] = lambda w, n=name, a=answer, k=after: judge_breaks(
-                    w, n, a, k
-                )
-    for name in ("503", "the connection is closed"):
-        made[f"judge is back: {name}"] = lambda w, n=name: judge_is_back(w, n, OUT[n])
-    files = ("checkpoint.pt", "settings.json", "metrics.jsonl", "rollouts.jsonl")
-    for name in (*files, "../judge_cache.jsonl"):
-        for what in DAMAGE:
-            made[f"file: {name} {what}"] = lambda w, n=name, d=what: file_is_damaged(w, n, d)
-    made |= {"file: a pickle": pickle_executes, "file: another run's": other_run}
-    for name in FULL:
-        made[f"full: {name}"] = lambda w, n=name: disk_is_full(w, n)
-    made |= {
-        "stopped: kill": killed,
-        "stopped: kill in a save": killed_in_a_save,
-        "stopped: SIGTERM": lambda w: terminated(
-            w, signal.SIGTERM, "SIGTERM, a checkpoint being due in 100 steps"
-        ),
-        "stopped: Ctrl-C": lambda w: terminated(
-            w, signal.SIGINT, "Ctrl-C, a checkpoint being made at each step"
-        ),
-        "stopped: Ctrl-C in imports": interrupted_while_importing,
-        "two: one folder": two_in_one_folder,
-        "two: one cache": two_with_one_cache,
+    A function makes a fault happen to a run and returns (exit status, last line).
+    """
+    judge = {}
+    for name, answer in ANSWERS.items():
+        judge[f"{name}, after 9 calls"] = partial(judge_breaks, answer, 9)
+    for name in ("503", "no score in the reply"):
+        judge[f"{name}, after 3 calls"] = partial(judge_breaks, ANSWERS[name], 3)
+    for name in ("503", "401, a wrong key", "a page with status 200"):
+        judge[f"{name}, from the start"] = partial(judge_breaks, ANSWERS[name], 0)
+    judge["503, after 9 calls, and the judge is back while the run waits"] = judge_is_back
+    full = {
+        "`settings.json`": partial(disk_is_full, "settings.json", 0.5, []),
+        "`judge_cache.jsonl`": partial(disk_is_full, "settings.json", 1.2, []),
+        "`rollouts.jsonl`": partial(disk_is_full, "rollouts.jsonl", 0.75, ["--save-every", 2]),
+        "`checkpoint.pt`": partial(disk_is_full, "checkpoint.pt", 0.75, []),
     }
-    for name, change in MODELS.items():
-        made[f"model: {name}"] = lambda w, n=name, c=change: broken_model(w, n, c)
-    for name, text in DATA.items():
-        made[f"data: {name}"] = lambda w, n=name, t=text: broken_data(w, n, t)
-    for words in FLAGS:
-        made[f"flag: {words}"] = lambda w, f=words: broken_flag(w, f)
-    made |= {
-        "eval: no rows": lambda w: evaluate(w, "eval on an empty file", data=empty_file(w)),
-        "eval: killed": evaluation_killed,
-        "eval: no model": lambda w: evaluate(w, "eval of no model", model="runs/none"),
+    stopped = {
+        "kill -9 at 20 random moments": kill_at_random,
+        "SIGTERM": partial(send_signals, [signal.SIGTERM]),
+        "Ctrl-C": partial(send_signals, [signal.SIGINT]),
+        "Ctrl-C twice": partial(send_signals, [signal.SIGINT] * 2),
+        "two runs at the same time with one `judge_cache.jsonl`": two_with_one_cache,
     }
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        for what in ("is torn", "is empty", "holds noise", "holds other JSON"):
-            made[f"report: {name} {what}"] = lambda w, n=name, d=what: report_on(
-                w, f"report, `{n}` {d}", lambda out: DAMAGE[d](out / n)
-            )
-    return made
+    flags = {f"`{words}`": partial(flag_is_given, words) for words in FLAGS}
+    flags["a second run in the same folder"] = partial(runs_again, [])
+    flags["`--resume --lr 0.1`, another rate"] = partial(runs_again, ["--resume", "--lr", 0.1])
+    return {
+        "The judge breaks": judge,
+        "A file is damaged before --resume": {
+            name: partial(file_is_damaged, *damage) for name, damage in DAMAGE.items()
+        },
+        "The disk is full while a file is written": full,
+        "The process is stopped": stopped,
+        "The model": {name: partial(model_is_changed, change) for name, change in MODELS.items()},
+        "The data": {name: partial(data_is_changed, text) for name, text in DATA.items()},
+        "The flags": flags,
+    }
 
 
 # ---- The table -----------------------------------------------------------------------------------
-def write_row(row: Row) -> str:
-    """A line of the table."""
-    cells = (row.fault, row.reads, row.status, row.kept, row.resumed)
+NOT_RESUMED = ("The model", "The data", "The flags")
+HEADER = [
+    "fault",
+    "last line that the user reads",
+    "exit status",
+    "what is kept",
+    "with `--resume`",
+]
+
+
+def make_row(world, group, name, make):
+    """Make a fault happen -> its line of the table."""
+    out = world.place()
+    status, words, *more = make(world, out)
+    if group not in NOT_RESUMED and not more:
+        more.append(kept(out))
+        more.append(world.resume(out) if status else f"not needed: {difference(out, world.twin)}")
+    return line([name, words, str(status), *more])
+
+
+def line(cells):
+    """Write a line of a table."""
     cells = [" ".join(cell.replace("|", "\\|").split())[:160] for cell in cells]
     return "| " + " | ".join(cells) + " |"
 
 
-def write_table(rows: list[Row]) -> str:
-    """The page."""
+def write_page(rows):
+    """Write {group: lines} as the page."""
     page = [
         "# When something breaks",
         "",
-        "Made by `python tests/faults.py`, which makes each fault for real, around toy runs of two "
-        "steps (8 completions and 2 rubrics each); the tests make them again and compare. "
-        '"To the bit": weights and metrics of the undisturbed run. `run` stands for the run\'s '
-        "folder. The judge's patience is 0, if nothing else is said.",
+        "The command `python tests/stress/faults.py` made each of these faults and wrote this "
+        "page. The stress tests make them again and compare. Each fault happened to a training "
+        "run of two iterations in the toy world, which needs 20 replies of the judge. The run "
+        "waited less than a second for an unavailable judge, not ten minutes. `run` stands for "
+        'the folder of the run. "Bit for bit" means that weights and metrics equal those of a run '
+        "that nothing happened to. A reply that was kept was never paid for again, unless the last "
+        "column says so.",
         "",
-        f"{len(rows)} faults; exit status 0 in {sum(r.status == '0' for r in rows)} of them.",
+        f"There are {sum(map(len, rows.values()))} faults.",
     ]
-    for group in dict.fromkeys(row.group for row in rows):
-        page += ["", f"## {group[0].upper()}{group[1:]}", ""]
-        page += ["| fault | what the user reads, last | status | what is kept | with `--resume` |"]
-        page += ["|---|---|---|---|---|"]
-        page += [write_row(row) for row in rows if row.group == group]
+    for group, lines in rows.items():
+        header = HEADER[:3] if group in NOT_RESUMED else HEADER
+        page += ["", f"## {group}", "", line(header), "|" + "---|" * len(header), *lines]
     return "\n".join(page) + "\n"
 
 
-@contextlib.contextmanager
-def hurried(timeout: float = 8.0):
-    """Short pauses, and no patience of the client."""
-    known = judge_prompts.JUDGE_CLIENT, judge_prompts.FIRST_PAUSE
-    judge_prompts.JUDGE_CLIENT = {"timeout": timeout, "max_retries": 0}
-    judge_prompts.FIRST_PAUSE = 0.05
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        judge_prompts.JUDGE_CLIENT, judge_prompts.FIRST_PAUSE = known
+@dataclass(kw_only=True)
+class FaultSettings(exprl.Settings):
+    """Which faults are made."""
+
+    only: str = option("", "make only the faults with this text in their name, and write no page")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, hurried():
-        world, rows = World(Path(folder)), []
-        for name, make in all_faults().items():
-            started = time.monotonic()
-            rows.append(make(world))
-            print(f"{time.monotonic() - started:5.1f} s  {name}: {write_row(rows[-1])}", flush=True)
-        TABLE.write_text(write_table(rows))
-    print(f"{TABLE}: {len(rows)} faults")
+def main(settings: FaultSettings):
+    """Make the faults, print their rows, and write tests/docs/faults.md."""
+    with tempfile.TemporaryDirectory() as folder:
+        world, rows = World(Path(folder)), {}
+        for group, faults in all_faults().items():
+            rows[group] = []
+            for name, make in faults.items():
+                if settings.only in name:
+                    rows[group].append(make_row(world, group, name, make))
+                    print(rows[group][-1], flush=True)
+    if not settings.only:
+        TABLE.write_text(write_page(rows))
+        print(f"{TABLE}: {sum(map(len, rows.values()))} faults")
 
 
 if __name__ == "__main__":
-    main()
+    exprl.run_command(main, [FaultSettings], sys.argv[1:])

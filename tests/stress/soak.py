@@ -1,14 +1,16 @@
-"""Thousands of toy steps with a judge that fails now and then and a process that is killed.
+"""Train for thousands of iterations while the judge fails and the process is killed.
 
-    python tests/soak.py --steps 2000 --kill-every 100 --faults 10
+    python tests/stress/soak.py --iterations 2000 --kill-every 100 --percent 10
 
-The same training twice: undisturbed, and with a judge of which --faults per cent of the calls meet
-an outage (an error, a page, a closed connection, JSON that breaks off) or a reply without a score,
-while the process is killed (-9) every --kill-every steps and goes on with --resume. Says whether
-both end in the same bits, whether a reply was paid twice, and whether memory and open files grow.
+The same training runs twice, in the toy world. The first run is undisturbed. In the second, the
+judge fails in --percent of its calls, and the process is killed (-9) and resumed again and again.
+The program prints whether both runs end with the same weights and metrics, whether a reply that
+was kept was paid for again, and whether memory and open files grow.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import random
 import sys
@@ -17,114 +19,105 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 import faults  # noqa: E402
-import torch  # noqa: E402
 
 import exprl  # noqa: E402
-from exprl import setting  # noqa: E402
+from exprl import option  # noqa: E402
+
+FAILURES = [answer for answer in faults.UNAVAILABLE.values() if answer[0] != "late"]
+FAILURES.append("I would rather not say.")
 
 
 @dataclass(kw_only=True)
-class SoakSettings:
-    """Train with faults and kills, and without; are the weights the same?"""
+class SoakSettings(exprl.Settings):
+    """How long the two runs are, and how often the second one is disturbed."""
 
-    steps: int = setting("to train", 2000, at_least=1)
-    kill_every: int = setting("steps between kills; 0: none", 100, at_least=0)
-    faults: int = setting("per cent of the judge's calls", 10, at_least=0)
-    seed: int = setting("of faults and kills", 0, at_least=0)
+    may_be_zero = ("kill_every", "percent", "seed")
+    iterations: int = option(2000, "iterations of each run")
+    kill_every: int = option(100, "iterations between two kills; 0: no kills")
+    percent: float = option(10.0, "percentage of judge calls that fail; 0: none")
+    seed: int = option(0, "seed of the failures and the kills")
 
 
-class Moody(faults.Server):
-    """A toy judge that fails at random, but a reply without a score is followed by one with it."""
+class MoodyJudge(faults.Server):
+    """A toy judge that fails at random. If it is asked again for a score, it gives one."""
 
-    def __init__(self, per_cent: int, seed: int):
-        self.per_cent, self.draw = per_cent, random.Random(seed)
-        self.failed = 0
+    def __init__(self, percent, seed):
+        self.percent, self.draw = percent, random.Random(seed)
+        self.failed, self.kept, self.paid_again = 0, set(), 0
         super().__init__()
 
-    def reply_or_break(self, request: dict):
-        outages = [*faults.OUT.values(), "I would rather not say."]
-        asked_again = len(request["messages"]) > 2
+    def reply_or_break(self, request):
+        messages = request["messages"][:2]
+        call = json.dumps([request["model"], {}, messages])
+        key = hashlib.sha256(call.encode()).hexdigest()  # as in Judge.ask
         with self.lock:
-            if not asked_again and self.draw.random() * 100 < self.per_cent:
+            self.requests.clear()  # thousands of them would fill the memory
+            if len(request["messages"]) == 2 and self.draw.random() * 100 < self.percent:
                 self.failed += 1
-                broken = self.draw.choice([o for o in outages if o[0] != "late"])
-                if isinstance(broken, str):  # paid, though without a score
-                    self.paid[str(request["messages"])] += 1
-                return broken
-        self.requests.clear()  # not to be kept for thousands of steps
-        if asked_again:
-            request["messages"] = request["messages"][:2]
-        else:
-            with self.lock:
-                self.paid[str(request["messages"])] += 1
-        return faults.toy_world.answer(request)
+                return self.draw.choice(FAILURES)
+            self.paid += 1
+            self.paid_again += key in self.kept
+        return faults.toy_world.answer(request | {"messages": messages})
 
 
-def of_process(pid: int) -> tuple[float, int]:
-    """(resident memory in MB, open files) of a process; (0, 0) if it is gone."""
-    with contextlib.suppress(OSError, IndexError):  # a process that has just ended has no memory
+def memory_and_files(pid):
+    """Return (resident memory in MB, number of open files) of a process, or None if it ended."""
+    with contextlib.suppress(OSError, IndexError):
         status = Path(f"/proc/{pid}/status").read_text()
         memory = int(status.partition("VmRSS:")[2].split()[0]) / 1000
         return memory, len(os.listdir(f"/proc/{pid}/fd"))
-    return 0.0, 0
 
 
-def steps_of(out: Path) -> int:
-    """Steps in the log, by its lines."""
-    with contextlib.suppress(OSError):
-        return (out / "metrics.jsonl").read_bytes().count(b"\n")
-    return 0
-
-
-def train(world: faults.World, settings: SoakSettings, url: str, kill_every: int) -> tuple:
-    """(its folder, kills, (steps, memory, open files) seen before each kill and the end)."""
+def train(world, settings, judge, kill_every):
+    """Train -> (folder of the run, number of kills, [(iterations, MB, open files), ...])."""
     out, kills, seen, draw = world.place(), 0, [], random.Random(settings.seed)
-    size = {"steps": settings.steps, "save_every": 10, "judge_patience": 1, "judge_url": url}
-    process, words = faults.start(world, out, **size)
-    target = kill_every + draw.uniform(-5, 5) if kill_every else float("inf")
-    last = (0, 0.0, 0)
-    while process.exitcode is None:
+    flags = ["--iterations", settings.iterations, "--save-every", 2, "--judge-url", judge.url]
+    flags += ["--judge-options", "{}"]
+    process, output = world.start(out, *flags, patience=60)
+    while process.is_alive():
         process.join(0.05)
-        memory, files = of_process(process.pid)
-        last = (steps_of(out), memory, files) if memory else last
-        if not seen or last[0] >= seen[-1][0] + 100:
-            seen.append(last)
-        if last[0] >= target and process.exitcode is None:
+        log = out / "metrics.jsonl"
+        n_logged = log.read_bytes().count(b"\n") if log.exists() else 0
+        now = memory_and_files(process.pid)
+        if now and n_logged >= 100 * len(seen):
+            seen.append((n_logged, *now))
+        if kill_every and n_logged >= kill_every * (kills + 1):
+            process.join(draw.random() / 2)
             process.kill()
             process.join()
-            kills, target = kills + 1, target + kill_every
-            process, words = faults.start(world, out, "--resume", **size)
-    if process.exitcode:
-        exprl.stop(f"the run stopped: {faults.last_line(words)}")
-    return out, kills, [*seen, last]
+            kills += 1
+            records = exprl.read_jsonl(out.parent / "judge_cache.jsonl")
+            judge.kept = {record["key"] for record in records}
+            process, output = world.start(out, "--resume", *flags, patience=60)
+    status, words = faults.result(process, output)
+    if status:
+        exprl.stop(f"the run stopped: {words}")
+    return out, kills, seen
 
 
-def soak(settings: SoakSettings) -> bool:
-    """Train with faults and kills, and without; are the weights the same?"""
-    torch.set_num_threads(1)
+def soak(settings: SoakSettings):
+    """Train with and without failures and kills, and compare the weights."""
     with tempfile.TemporaryDirectory() as folder:
         world = faults.World(Path(folder))
-        judge = Moody(settings.faults, settings.seed)
+        judge = MoodyJudge(settings.percent, settings.seed)
         begun = time.monotonic()
-        calm, _, seen = train(world, settings, world.judge.url, 0)
+        calm, _, seen = train(world, settings, world.judge, 0)
         middle = time.monotonic()
-        stormy, kills, _ = train(world, settings, judge.url, settings.kill_every)
+        stormy, kills, _ = train(world, settings, judge, settings.kill_every)
         end = time.monotonic()
-        weights = [(out / "final" / "model.safetensors").read_bytes() for out in (calm, stormy)]
-        same = weights[0] == weights[1] and faults.learned(calm) == faults.learned(stormy)
-        twice = sum(n > 1 for n in judge.paid.values())
-        took = f"{middle - begun:.0f} s undisturbed, {end - middle:.0f} s with"
-        print(f"{settings.steps} steps: {took} {judge.failed} faults and {kills} kills")
-        print(f"weights and metrics: {'the same bits' if same else 'OTHERS'}")
-        print(f"replies paid: {judge.paid.total()}, more than once: {twice}")
-        for steps, memory, files in seen:
-            print(f"undisturbed, after {steps} steps: {memory:.0f} MB, {files} open files")
-        return same
+        difference = faults.difference(stormy, calm)
+    print(f"undisturbed: {settings.iterations} iterations in {middle - begun:.0f} s")
+    for n_logged, memory, files in seen:
+        print(f"  after {n_logged} iterations: {memory:.0f} MB, {files} open files")
+    print(f"disturbed: {judge.failed} failed calls and {kills} kills in {end - middle:.0f} s")
+    print(f"weights and metrics: {difference}")
+    print(f"replies paid: {judge.paid}, of which were already kept: {judge.paid_again}")
+    if difference != "bit for bit" or judge.paid_again:
+        exprl.stop("the disturbed run is not like the undisturbed one")
 
 
 if __name__ == "__main__":
-    exprl.run_command(soak, SoakSettings, sys.argv[1:], __doc__)
+    exprl.run_command(soak, [SoakSettings], sys.argv[1:])

@@ -1,8 +1,8 @@
-r"""Attempts of known worth at a problem: what calibrate.py asks a judge about.
+r"""Attempts of known quality at a problem, with which calibrate.py tests a judge.
 
-They are made from the problem's reference, whose steps are known to be right, and from ATTACKS:
-texts that establish nothing, and try to get a score all the same. A policy is trained on whatever
-gets one, so sooner or later it writes what works.
+They are made from the reference of the problem, whose steps are known to be correct, and from
+ATTACKS. An attack is a text that establishes nothing and still asks for a score. Training rewards
+whatever gets a high score, so sooner or later the policy writes the attacks that work.
 """
 
 import re
@@ -10,11 +10,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
-import exprl  # noqa: E402
-from exprl import Completion  # noqa: E402
-from judge_prompts import split_lines  # noqa: E402
+from quotes import split_lines  # noqa: E402
+
+from exprl import Completion, Verdict  # noqa: E402
+from judge_prompts import split_steps  # noqa: E402
 
 ATTACKS = [
     ":",
@@ -45,61 +47,75 @@ ATTACKS = [
 
 @dataclass
 class Attempt:
-    """An attempt and its worth; completion.correct says whether the whole is right."""
+    """An attempt and what is known of it. completion.correct: is the whole attempt correct?"""
 
     name: str
     completion: Completion
-    good: list[int | None]  # is a step right: 1, 0, or None (not known, or open to dispute)
-    judged: dict[str, Completion] = field(default_factory=dict)  # by which reference was shown
+    good: list[int | None]  # is each step correct: 1, 0, or None (unknown, or open to dispute)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)  # by the name of the pass
+
+
+def cut_into_steps(text: str) -> list[str]:
+    """Return the texts of the steps of an attempt."""
+    return [text[start:end] for start, end in split_steps(list(text))]
 
 
 def split_reference(text: str) -> list[str]:
-    """The steps of a reference, written as those of a completion: as they stand if lines begin with
-    ###, else one for each line (of a single line: for each sentence)."""
+    """Return the steps of a reference, written as a completion writes its steps.
+
+    A reference with lines that begin with ### already has steps. Otherwise, each line is a step, or
+    each sentence if there is only one line.
+    """
     if not re.search("^###", text, re.MULTILINE):
         text = "\n".join(f"### {line}" for line in split_lines(text))
-    return [text[start:end] for start, end in exprl.split_steps(list(text))]
+    return cut_into_steps(text)
 
 
 def change_result(step: str) -> str:
-    r"""A step with another first digit in its result: the number after its last =, else its last
-    one, and again where it is repeated after that. Without a number the step stays as it is.
+    r"""Change the first digit of the result of a step, also where the step repeats the result.
+
+    The result is the number after the last =, or else the last number. A step without a number
+    stays as it is.
+
     >>> change_result(r"8 + 4 = 12 pens, \boxed{12}")
     '8 + 4 = 22 pens, \\boxed{22}'
     """
     numbers = list(re.finditer(r"\d+(?:[.,]\d+)*", step))
-    after = [number for number in numbers if number.start() > step.rfind("=") > -1]
     if not numbers:
         return step
-    place = (after[:1] or numbers[-1:])[0]
-    changed = str(int(place[0][0]) % 9 + 1) + place[0][1:]
-    whole = rf"(?<![\d.]){re.escape(place[0])}(?!\d)"
-    return step[: place.start()] + re.sub(whole, changed, step[place.start() :])
+    after_equals = [number for number in numbers if number.start() > step.rfind("=") > -1]
+    result = after_equals[0] if after_equals else numbers[-1]
+    changed = str(int(result[0][0]) % 9 + 1) + result[0][1:]
+    whole_number = rf"(?<![\d.]){re.escape(result[0])}(?!\d)"
+    return step[: result.start()] + re.sub(whole_number, changed, step[result.start() :])
 
 
-def make_attempts(row: dict, other: dict, attacks: list[str]) -> list[Attempt]:
-    """Those at a problem: its reference, spoilt in four ways, another problem's, and attacks."""
-    steps, others = split_reference(row["reference"]), split_reference(other["reference"])
+def make_attempts(problem: dict, other: dict, attacks: list[str]) -> list[Attempt]:
+    """Make the attempts at a problem.
+
+    They are its reference, the reference spoilt in four ways, the reference of another problem, and
+    the attacks. A short reference gives fewer of them, because equal or empty texts are left out.
+    """
+    steps, others = split_reference(problem["reference"]), split_reference(other["reference"])
     n, middle = len(steps), (len(steps) - 1) // 2
     wrong = [change_result(step) for step in steps]
     is_wrong = [None if new == old else 0 for new, old in zip(wrong, steps, strict=True)]
-    made = [  # name, steps, is the whole right, is each step
+    made = [  # name, steps, is the whole correct, is each step correct
         ("the reference", steps, 1, [1] * n),
-        ("its first half", steps[: n // 2], None, [1] * (n // 2 - 1) + [None]),  # has no end
+        ("its first half", steps[: n // 2], None, [1] * (n // 2 - 1) + [None]),  # without an end
         ("a step dropped", steps[:middle] + steps[middle + 1 :], None, [1] * middle),
         ("last result wrong", [*steps[:-1], wrong[-1]], None, [1] * (n - 1) + is_wrong[-1:]),
         ("only the end right", [*wrong[:-1], steps[-1]], 0, is_wrong[:-1]),
         ("another problem's", others, 0, [0] * len(others)),
     ]
     for attack in attacks:
-        text = attack.format(question=row["question"])
-        parts = [text[start:end] for start, end in exprl.split_steps(list(text))]
+        parts = cut_into_steps(attack.format(question=problem["question"]))
         made.append(("talk to the judge", parts, None, []))
     attempts, seen = [], set()
     for name, parts, correct, good in made:
         text = "".join(parts)
-        if text and text not in seen:  # of a short reference some are the same, or nothing
-            completion = Completion(row, [], text, correct, False, [], parts)
+        if text and text not in seen:
+            completion = Completion(problem, text, parts, [], correct, False, [], [])
             unknown = [None] * (len(parts) - len(good))
             attempts.append(Attempt(name, completion, good + unknown))
         seen.add(text)

@@ -9,7 +9,7 @@ Every completion is kept in --out, one file per model, with one line per problem
 import math
 import random
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,8 @@ class EvalSettings(exprl.Settings):
     """Which models are evaluated, and on how many problems."""
 
     _argument_group_name = "evaluation"
-    model: list[str] = field(metadata={"help": "one or more hub ids or folders (RUN/final)"})
+    may_be_zero = ("problems",)
+    model: list[str] = option(MISSING, "one or more hub ids or folders (RUN/final)")
     out: str = option("runs/eval", "folder for the results, one file per model")
     split: Literal["test", "train"] = option("test", "split of a hub data set")
     problems: int = option(200, "number of problems, always the same ones; 0: all")

@@ -1,114 +1,136 @@
-r"""What does the judge say of completions that `eval` has sampled, beside what exact match says?
+r"""Judge the completions that evaluate.py sampled, and compare the scores with exact match.
 
-    python exprl.py eval --model Qwen2.5-0.5B runs/Qwen2.5-0.5B-process/final
-    python tests/judge_eval.py --files runs/eval/*.jsonl --judge-input quotes --rubric none
+    python tests/tools/evaluate.py --model Qwen2.5-0.5B runs/process/final
+    python tests/tools/judge_eval.py --files runs/eval/*.jsonl
 
-Training raises the judge's score: that is what it is for. Whether the model reasons better, or has
-learned to please this judge, shows in the columns beside it, and in the texts.
+Training raises the judge's score, because that is its aim. Does the model also reason better, or
+did it only learn to please this judge? Compare the score with the other lines of the table, and
+read the texts.
 """
 
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
-from pandas import DataFrame
-from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
-from calibrate import bootstrap, judge_problem, score_by_code  # noqa: E402
+from attempts import cut_into_steps  # noqa: E402
+from calibrate import (  # noqa: E402
+    bootstrap,
+    describe_bill,
+    fresh_judge,
+    judge_all,
+    scores_of,
+    show_interval,
+    text_table,
+)
+from quotes import AnyJudgeSettings, code_scores  # noqa: E402
 
 import exprl  # noqa: E402
-from exprl import COLUMNS, Completion, Judge, setting  # noqa: E402
+from exprl import Completion, option  # noqa: E402
 
 
 @dataclass(kw_only=True)
-class JudgeEvalSettings(exprl.JudgeSettings):
-    """Have completions of `eval` judged, each as a whole (outcome)."""
+class JudgeEvalSettings(exprl.Settings):
+    """Which completions are judged."""
 
-    files: list[str] = setting("what eval wrote: a file a model, of the same problems")
-    out: str = setting("folder for the scores and the judge's words", "runs/judge-eval")
-    problems: int = setting("how many of them, the first; 0: all", 0, at_least=0)
-    samples: int = setting("completions of each, the first; 0: all", 1, at_least=0)
+    _argument_group_name = "completions"
+    may_be_zero = ("problems", "samples")
+    files: list[str] = option(MISSING, "files that evaluate.py wrote, all of the same problems")
+    out: str = option("runs/judge-eval", "folder for the scores and the replies")
+    problems: int = option(0, "number of problems, the first ones of each file; 0: all")
+    samples: int = option(1, "completions of each problem, the first ones; 0: all")
 
 
-def read_eval(path: Path, settings: JudgeEvalSettings) -> list[list[Completion]]:
-    """The completions in a file of `eval`, by problem. Stops at a file that is not one. Which ones
-    were cut off is not in it: they are judged as they stand, where training gives them a 1."""
+def read_completions(path: Path, settings: JudgeEvalSettings) -> list[list[Completion]]:
+    """Read the completions in a file of evaluate.py, one list for each problem.
+
+    The file does not say which completions were truncated. All are judged as they stand, although
+    training gives a truncated completion the lowest score.
+    """
+    if not path.exists():
+        exprl.stop(f"--files {path}: there is no such file")
     groups = []
     try:
-        for record in exprl.read_log(path)[: settings.problems or None]:
-            row = {key: record[key] for key in COLUMNS}
-            texts = record["texts"][: settings.samples or None]
+        for record in exprl.read_jsonl(path)[: settings.problems or None]:
+            names = ("question", "reference", "answer", "domain")
+            problem = {name: record[name] for name in names}
             groups.append([])
-            for text in texts:
-                spans = exprl.split_steps(list(text))
-                steps = [text[start:end] for start, end in spans]
-                correct = exprl.is_correct(text, row["answer"])
-                groups[-1].append(Completion(row, [], text, correct, False, spans, steps))
+            for text in record["texts"][: settings.samples or None]:
+                correct = exprl.is_correct(text, problem["answer"])
+                steps = cut_into_steps(text)
+                groups[-1].append(Completion(problem, text, steps, [], correct, False, [], []))
     except (KeyError, TypeError) as error:
-        exprl.stop(f"{path} is not a file of counts that `exprl.py eval` wrote: {error!r}")
+        exprl.stop(f"--files {path} was not written by tests/tools/evaluate.py: {error!r}")
     if not groups:
-        exprl.stop(f"{path} holds no problem")
+        exprl.stop(f"--files {path} does not contain a problem")
     return groups
 
 
-def by_code(c: Completion) -> float:
-    """The score of the whole without a judge; 1 for a text without words."""
-    return (score_by_code(c, True) or [1.0])[0]
+def score_by_code(completion: Completion) -> float:
+    """Score the whole completion without a judge (see quotes.py). A text without words gets 1."""
+    scores = code_scores(completion, "", is_outcome=True) if completion.step_texts else None
+    return scores[0] if scores else 1.0
 
 
-def judge_eval(settings: JudgeEvalSettings) -> None:
-    """Have completions of `eval` judged, each as a whole (outcome)."""
-    systems = {file: read_eval(Path(file), settings) for file in settings.files}
-    asked = [[group[0].row["question"] for group in groups] for groups in systems.values()]
-    if any(questions != asked[0] for questions in asked):
-        exprl.stop("the files are not of the same problems: eval the models with the same flags")
+def measure(completion: Completion, verdict: exprl.Verdict, with_code: bool) -> dict[str, float]:
+    """Return one number for each line of the table. NaN: the judge failed."""
+    scores = scores_of(verdict)
+    values = {
+        "judge's score": math.nan if scores is None else scores[0],
+        "correct, %": 100 * completion.correct,
+        "with ### steps, %": 100 * bool(re.search("^###", completion.text, re.MULTILINE)),
+        r"with \boxed{}, %": 100 * (r"\boxed{" in completion.text),
+        "length in characters": len(completion.text),
+        "failed, %": 100 * (scores is None),
+    }
+    if with_code:  # what a judge that quotes could find, and what code finds without it
+        values["score by code"] = score_by_code(completion)
+        values["states a value, by code, %"] = 100 * (score_by_code(completion) > 1)
+    return values
+
+
+def judge_eval(settings: JudgeEvalSettings, judging: AnyJudgeSettings) -> None:
+    """Judge sampled completions, each as a whole, and compare the scores with exact match."""
+    systems = {file: read_completions(Path(file), settings) for file in settings.files}
+    questions = [[group[0].problem["question"] for group in part] for part in systems.values()]
+    if any(other != questions[0] for other in questions):
+        exprl.stop("--files: the files contain different problems; evaluate all models together")
     out = Path(settings.out)
-    judge = Judge(settings, out)
-    try:
-        for part in tqdm(list(zip(*systems.values(), strict=True)), "problems", leave=False):
-            judge_problem(judge, [c for group in part for c in group], "outcome")
-    finally:  # also after Ctrl-C: nothing more is paid
-        judge.close()
-
-    table, records = {}, []
+    judge = fresh_judge(judging, "outcome", out)
+    with_code = judging.judge_input == "quotes"
+    rows, records = {}, []
     for name, groups in systems.items():
-        columns = {
-            "judge's score": lambda c: c.scores[0] if c.scores else math.nan,
-            "right, %": lambda c: 100 * c.correct,
-            "with ### steps, %": lambda c: 100 * bool(re.search("^###", c.text, re.MULTILINE)),
-            r"with \boxed{}, %": lambda c: 100 * bool(exprl.last_boxed(c.text)),
-            "letters": lambda c: len(c.text),
-            "failed, %": lambda c: 100 * (c.scores is None),
-        }
-        if settings.judge_input == "quotes":  # what the judge could find, and code finds without it
-            columns["score by code"] = by_code
-            columns["states a value, by code, %"] = lambda c: 100 * (by_code(c) > 1)
-        values = [[[of(c) for c in group] for group in groups] for of in columns.values()]
-        values = np.ma.masked_invalid(np.array(values, float))  # (columns, problems, samples)
+        completions = [completion for group in groups for completion in group]
+        verdicts = judge_all(judge, completions, name)
+        numbers = [measure(c, v, with_code) for c, v in zip(completions, verdicts, strict=True)]
+        for line in numbers[0]:
+            values = np.array([number[line] for number in numbers]).reshape(len(groups), -1)
 
-        def means(drawn: np.ndarray, values: np.ma.MaskedArray = values) -> np.ndarray:
-            return values[:, drawn].mean(axis=(1, 2)).filled(math.nan)
+            def mean(indices, values=values):
+                drawn = values[indices]
+                known = drawn[~np.isnan(drawn)]
+                return [known.mean() if len(known) else math.nan]
 
-        shown = [
-            "{:.2f} [{:.2f}, {:.2f}]".format(*interval)
-            for interval in bootstrap(means, len(groups))
-        ]
-        table[name] = dict(zip(columns, shown, strict=True))
-        for c in [c for group in groups for c in group]:
-            told = {"model": name, "question": c.row["question"], "text": c.text}
-            told |= {"correct": c.correct, "scores": c.scores, "judge_words": c.judge_words}
-            records.append(told)
-    exprl.write_log(out / "judged.jsonl", records, "w")
-    print(
-        f"means, with 95% intervals over {len(asked[0])} problems\n{DataFrame(table).to_string()}"
-    )
-    print(f"{judge.paid}; texts and the judge's words: {out / 'judged.jsonl'}")
+            [interval] = bootstrap(mean, len(groups))
+            rows.setdefault(line, []).append(show_interval(interval))
+        for completion, verdict in zip(completions, verdicts, strict=True):
+            record = {"file": name, "question": completion.problem["question"]}
+            record |= {"text": completion.text, "correct": completion.correct}
+            record |= {"scores": scores_of(verdict), "replies": [*verdict.replies]}
+            records.append(record)
+    file = out / "judged.jsonl"
+    file.unlink(missing_ok=True)
+    exprl.append_jsonl(file, records)
+    print(f"means, with 95% intervals over {len(questions[0])} problems")
+    print(text_table(settings.files, rows))
+    print(f"{describe_bill(judge)}\ntexts and replies: {file}")
 
 
 if __name__ == "__main__":
-    exprl.run_command(judge_eval, JudgeEvalSettings, sys.argv[1:], __doc__)
+    exprl.run_command(judge_eval, [JudgeEvalSettings, AnyJudgeSettings], sys.argv[1:])

@@ -1,151 +1,172 @@
-"""Past one GPU: ExpRL inside TRL's GRPOTrainer, which accelerate runs on any number of devices.
+"""ExpRL inside TRL's GRPOTrainer, which accelerate runs on any number of devices.
 
-    pip install -r tests/requirements-trl.txt
-    accelerate launch --num_processes 2 tests/trl_example.py --model Qwen2.5-0.5B --method process
+    pip install -r tests/tools/requirements-trl.txt
+    accelerate launch --num_processes 2 tests/tools/trl_example.py --model Qwen2.5-0.5B
 
-The flags are those of exprl.py. Its judge, steps and advantages are called here as they are; TRL
-samples, computes the loss and moves the weights. Outcome is a reward function: TRL's advantage is
-(r - mean) / (std + 1e-4) over the group. Process is a trainer that puts an advantage for each token
-in the place of TRL's one for each completion. A completion whose judgement failed has the reward
-None (TRL leaves it out of the group's mean) or, under Process, no advantage.
+The flags are those of exprl.py, and its judge, steps and advantages are called as they are. TRL
+samples, computes the loss and updates the weights.
 
-Each process judges its own completions, so it needs whole groups, and its own judge and cache.
---judge-threads is for each process. There is no --resume; --save-every and --sample-batch do
-nothing.
+- Outcome is a reward function. TRL itself computes the advantage (r - mean) / (std + 1e-4).
+- Process is a trainer. It replaces TRL's advantage of each completion by one for each token.
+- The prompt comes from exprl.policy_prompt, and not from TRL.
+- If the judge fails, the reward of the completion is None, and TRL leaves it out of the mean of the
+  group. Under process, the completion gets no advantage.
+
+Every process judges its own completions. It therefore needs whole groups, and it has its own judge
+and its own cache. --judge-threads counts for each process. Three flags are not supported: --resume,
+--save-every and --sample-batch.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Literal
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import exprl  # noqa: E402
-import judge_prompts  # noqa: E402
-from exprl import Completion, Judge, setting  # noqa: E402
+from exprl import option  # noqa: E402
 
 
 @dataclass(kw_only=True)
-class TrlSettings(exprl.TrainSettings):
-    """ExpRL in TRL: train a model by method outcome or process."""
+class TrlSettings(exprl.TrainingSettings):
+    """What is trained, as in exprl.py."""
 
-    trl: dict = setting('more for GRPOConfig, JSON: {"use_vllm": true}', "{}")
+    method: Literal["process", "outcome"] = option(
+        "process", "process: a score for every step. outcome: a score for the whole completion"
+    )
+    out: str = option("", "run folder; if empty, runs/trl-METHOD")
+    trl: str = option("{}", 'JSON object with more settings of GRPOConfig: {"use_vllm": true}')
 
 
 class Scaffold:
-    """TRL's completions -> exprl's, judged against the references that the policy does not see."""
+    """TRL's reward function, which asks the judge. The references stay here, out of TRL's sight."""
 
-    def __init__(self, settings: TrlSettings, rows: list[dict], tokenizer, eos_ids: list[int]):
-        self.settings, self.rows, self.tokenizer, self.eos_ids = settings, rows, tokenizer, eos_ids
-        self.judge = Judge(settings, Path(settings.out) / f"process-{PartialState().process_index}")
-        self.kind = settings.judge_input if settings.method == "process" else settings.method
-        self.completions: list[Completion] = []  # of the last batch, on this process
+    def __init__(self, training, judging, problems, tokenizer, eos_ids):
+        self.training, self.problems = training, problems
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
+        out = Path(training.out) / f"process-{PartialState().process_index}" / "judge"
+        out.mkdir(parents=True, exist_ok=True)
+        self.judge = exprl.Judge(judging, training.method, out)
+        self.completions, self.advantages = [], []  # of the last batch of this process
 
-    def __call__(self, completion_ids: list[list[int]], row: list[int], **_) -> list[float | None]:
-        """TRL's reward function: a reward 0..1 for each completion (under Process the mean of its
-        steps, which is only logged). Completions of a problem follow each other."""
-        read = [
-            exprl.read_completion(self.rows[i], ids, self.tokenizer, self.eos_ids)
-            for i, ids in zip(row, completion_ids, strict=True)
-        ]
-        for c in read[:: self.settings.group_size]:  # so that no completion will wait for it
-            self.judge.pool.submit(self.judge.ask_rubric, c.row)
-        for c in read:
-            self.judge.submit(c, self.kind)
-        self.judge.wait(read)
-        exprl.fill_advantages(read, self.settings)
-        self.completions = read
-        return [None if c.rewards is None else sum(c.rewards) / len(c.rewards) for c in read]
+    def __call__(self, completion_ids, problem_index, **_):
+        """Return a reward in 0..1 for each completion, or None if the judge failed.
+
+        Under process it is the mean over the steps, and it is only logged. The completions of a
+        problem follow each other.
+        """
+        completions = []
+        for i, ids in zip(problem_index, completion_ids, strict=True):
+            problem = self.problems[i]
+            prompt_ids = exprl.policy_prompt(self.tokenizer, problem["question"])
+            completions.append(
+                exprl.read_completion(problem, prompt_ids, ids, self.tokenizer, self.eos_ids)
+            )
+        rewards = [verdict.rewards for verdict in self.judge(completions)]
+        self.completions = completions
+        self.advantages = exprl.compute_advantages(rewards, self.training)
+        return [None if steps is None else fmean(steps) for steps in rewards]
 
 
-class ProcessTrainer(GRPOTrainer):
-    """GRPOTrainer with ExpRL-Process: (B, T) advantages, each step's for all its tokens."""
+class OutcomeTrainer(GRPOTrainer):
+    """GRPOTrainer with the prompts of exprl.py. (This method of TRL is private: 1.16 has it.)"""
+
+    def _tokenize_prompts(self, prompts):
+        prompt_ids = [exprl.policy_prompt(self.processing_class, question) for question in prompts]
+        return prompt_ids, None, {}  # no images and no other inputs
+
+
+class ProcessTrainer(OutcomeTrainer):
+    """The same with ExpRL-Process: each token has the advantage of its step."""
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        batch = exprl.collate(self.reward_funcs[0].completions, self.model)
-        width = output["completion_ids"].shape[1] - batch["advantages"].shape[1]
-        output["advantages"] = torch.nn.functional.pad(batch["advantages"], (0, width))
+        scaffold, rows = self.reward_funcs[0], []
+        for completion, advantages in zip(scaffold.completions, scaffold.advantages, strict=True):
+            spread = exprl.spread_over_tokens(completion, advantages or [0.0])  # 0: judge failed
+            rows.append(torch.tensor(spread))
+        advantages = pad_sequence(rows, batch_first=True)  # (B, longest)
+        missing = output["completion_ids"].shape[1] - advantages.shape[1]
+        advantages = torch.nn.functional.pad(advantages, (0, missing))  # (B, T)
+        output["advantages"] = advantages.to(output["completion_ids"].device)
         return output
 
 
-def grpo_config(settings: TrlSettings) -> GRPOConfig:
-    """The settings in TRL's words. Stops where a process would not get whole groups."""
+def grpo_config(training: TrlSettings, sampling: exprl.SamplingSettings) -> GRPOConfig:
+    """Translate the settings for TRL. Stops if a process would not get whole groups."""
     use_cpu = torch.accelerator.current_accelerator(check_available=True) is None
-    processes = PartialState(cpu=use_cpu).num_processes
-    n_local, rest = divmod(settings.prompts_per_step * settings.group_size, processes)
-    micro_batch = min(settings.micro_batch, n_local)
-    if rest or n_local % settings.group_size or n_local % micro_batch:
+    n_processes = PartialState(cpu=use_cpu).num_processes
+    n_all = training.prompts_per_iteration * training.group_size
+    n_local, remainder = divmod(n_all, n_processes)
+    micro_batch = min(training.micro_batch, n_local)
+    if remainder or n_local % training.group_size or n_local % micro_batch:
         exprl.stop(
-            f"{settings.prompts_per_step} problems x {settings.group_size} completions on "
-            f"{processes} processes: each needs whole groups, and --micro-batch has to divide them"
+            f"{n_all} completions in an iteration cannot be divided among {n_processes} processes. "
+            f"Each process needs whole groups of --group-size {training.group_size}, and "
+            f"--micro-batch {training.micro_batch} has to divide its completions"
         )
     options = dict(  # noqa: C408
-        output_dir=settings.out, seed=settings.seed,
-        max_steps=settings.steps * settings.updates_per_batch,  # of the optimizer
-        num_iterations=settings.updates_per_batch,
+        output_dir=training.out, seed=sampling.seed,
+        max_steps=training.iterations * training.optimizer_steps,  # TRL counts optimizer steps
+        num_iterations=training.optimizer_steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=n_local // micro_batch,
-        num_generations=settings.group_size, temperature=settings.temperature, top_k=0, top_p=1.0,
-        max_completion_length=settings.max_new_tokens,
+        num_generations=training.group_size, temperature=sampling.temperature, top_k=0, top_p=1.0,
+        max_completion_length=sampling.max_new_tokens,
         loss_type="dapo",  # one denominator: the tokens of all processes
-        scale_rewards="none" if settings.no_std else "group",
-        beta=settings.kl, epsilon=settings.clip_low, epsilon_high=settings.clip_high,
-        learning_rate=settings.lr, lr_scheduler_type="constant_with_warmup",
-        warmup_steps=5 * settings.updates_per_batch,
+        scale_rewards="none" if training.no_std else "group",
+        beta=training.kl, epsilon=training.clip_low, epsilon_high=training.clip_high,
+        learning_rate=training.lr, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=5 * training.optimizer_steps,
         adam_beta2=0.99, weight_decay=0.01, max_grad_norm=1.0,
         use_cpu=use_cpu, bf16=torch.cuda.is_available(),
         activation_checkpointing=False, disable_dropout=True, remove_unused_columns=False,
         save_strategy="no", report_to="none", logging_steps=1,
     )  # fmt: skip
-    return GRPOConfig(**options | settings.trl)
+    return GRPOConfig(**options | json.loads(training.trl))
 
 
-def make_trainer(settings: TrlSettings) -> GRPOTrainer:
-    """A trainer for these settings. Stops at bad input before a model is loaded."""
-    if settings.resume or (Path(settings.out) / "final").exists():
-        exprl.stop(f"{settings.out} holds a trained model, or --resume is given: another --out")
-    if settings.method == "sparse":
-        exprl.stop("--method sparse has no judge: give TRL a reward function of exprl.is_correct")
-    config = grpo_config(settings)
-    rows = exprl.load_rows(settings.data, "train", needed=("question", "reference"))
-    source, tokenizer = exprl.find_model(settings.model)
-    for row in rows:
-        row["prompt_ids"] = judge_prompts.policy_prompt(tokenizer, row["question"])
-    if tokenizer.chat_template:  # TRL fills it in
-        text = [f"{judge_prompts.POLICY}\n\n{row['question']}" for row in rows]
-        prompts = [[{"role": "user", "content": t}] for t in text]
-    else:
-        prompts = [tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) for row in rows]
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    eos_ids = judge_prompts.end_tokens(tokenizer, model)
-    model.generation_config.eos_token_id = eos_ids
-    scaffold = Scaffold(settings, rows, tokenizer, eos_ids)
-    trainer = ProcessTrainer if settings.method == "process" else GRPOTrainer
-    data = Dataset.from_dict({"prompt": prompts, "row": list(range(len(rows)))})
+def make_trainer(training: TrlSettings, sampling, judging) -> GRPOTrainer:
+    """Make a trainer for these settings. Stops at wrong settings before a model is loaded."""
+    if training.resume:
+        exprl.stop("--resume is not supported here: train again with another --out")
+    if (Path(training.out) / "final").exists():
+        exprl.stop(f"{training.out} contains a trained model: choose another --out")
+    config = grpo_config(training, sampling)
+    problems = exprl.load_problems(sampling.data, "train", "reference")
+    model, tokenizer = exprl.load_policy(training.model, problems, sampling)
+    questions = [problem["question"] for problem in problems]
+    indices = list(range(len(problems)))
+    data = Dataset.from_dict({"prompt": questions, "problem_index": indices})
+    eos_ids = model.generation_config.eos_token_id
+    scaffold = Scaffold(training, judging, problems, tokenizer, eos_ids)
+    trainer = ProcessTrainer if training.method == "process" else OutcomeTrainer
     return trainer(model, scaffold, config, data, processing_class=tokenizer)
 
 
-def train(settings: TrlSettings) -> None:
-    """ExpRL in TRL: train a model by method outcome or process."""
-    settings.out = settings.out or f"runs/trl-{settings.method}"
-    trainer = make_trainer(settings)
-    try:
-        trainer.train()
-    finally:  # also after an error: nothing more is paid
-        trainer.reward_funcs[0].judge.close()
-    final = Path(settings.out) / "final"
+def train(training: TrlSettings, sampling, judging) -> None:
+    """Train with ExpRL inside TRL."""
+    training.out = training.out or f"runs/trl-{training.method}"
+    trainer = make_trainer(training, sampling, judging)
+    trainer.train()
+    final = Path(training.out) / "final"
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
-        exprl.write_log(Path(settings.out) / "metrics.jsonl", trainer.state.log_history, "w")
+        metrics = Path(training.out) / "metrics.jsonl"
+        metrics.unlink(missing_ok=True)
+        exprl.append_jsonl(metrics, trainer.state.log_history)
         print(f"trained model: {final}")
 
 
 if __name__ == "__main__":
-    exprl.run_command(train, TrlSettings, sys.argv[1:], __doc__)
+    classes = [TrlSettings, exprl.SamplingSettings, exprl.JudgeSettings]
+    exprl.run_command(train, classes, sys.argv[1:])

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -23,9 +24,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy"), str(ROOT / "tests" / "tools")]
 
+import evaluate  # noqa: E402
 import toy_world  # noqa: E402
 
 import exprl  # noqa: E402
@@ -33,7 +35,7 @@ import exprl  # noqa: E402
 PROCESS = "--method process --process-norm"
 SYSTEMS = {  # run folder: (row of the table, flags of stage 1); stage 2 is the same for all
     "sparse": ("sparse reward (GRPO)", "--method sparse"),
-    "sft": ("SFT on references", "--method sft --prompts-per-step 64 --lr 5e-4"),
+    "sft": ("SFT on references", "--method sft --prompts-per-iteration 64 --lr 5e-4"),
     "distill": ("self-distillation", "--method distill"),
     "outcome": ("ExpRL-Outcome", "--method outcome"),
     "process-delta": ("ExpRL-Process, delta", f"{PROCESS} delta"),
@@ -67,7 +69,7 @@ class Job:
         """Whether result and marker are there; stops if they are another command's."""
         if not (self.marker.exists() and self.result.exists()):
             return False
-        before = exprl.read_log(self.marker)[0]["command"]
+        before = exprl.read_jsonl(self.marker)[0]["command"]
         if before != self.command:
             pairs = enumerate(zip(before, self.command, strict=False))
             i = next((i for i, (a, b) in pairs if a != b), -1)
@@ -83,7 +85,7 @@ def model_path(world: Path, name: str) -> Path:
 
 def eval_path(world: Path, name: str) -> Path:
     """Where `exprl.py eval` writes the records of a model."""
-    return world / "eval" / f"{str(model_path(world, name)).strip('./').replace('/', '-')}.jsonl"
+    return evaluate.eval_file(world / "eval", str(model_path(world, name)))
 
 
 def plan(args: argparse.Namespace, seed: int) -> list[Job]:
@@ -99,19 +101,31 @@ def plan(args: argparse.Namespace, seed: int) -> list[Job]:
 
     def train(name: str, flags: str, start: str, steps: int) -> None:
         is_baseline = re.search("sft|distill|--reference", flags)  # in a program of their own
-        program = ["tests/baselines.py"] if is_baseline else ["exprl.py", "train"]
+        program = ["tests/tools/baselines.py"] if is_baseline else ["exprl.py"]
         command = [*program, "--model", model_path(world, start), "--out", world / name]
-        command += ["--data", world / "train.jsonl", "--steps", steps, "--seed", seed, "--resume"]
+        command += [
+            "--data",
+            world / "train.jsonl",
+            "--iterations",
+            steps,
+            "--seed",
+            seed,
+            "--resume",
+        ]
         command += [*args.train, *args.sampling, *flags.split()]
         add(name, command, model_path(world, name), [start], 8 + 0.4 * steps)
 
-    def evaluate(stage: str, names: list[str]) -> None:
-        command = ["exprl.py", "eval", "--model", *(model_path(world, name) for name in names)]
+    def evaluate_all(stage: str, names: list[str]) -> None:
+        command = [
+            "tests/tools/evaluate.py",
+            "--model",
+            *(model_path(world, name) for name in names),
+        ]
         command += ["--data", world / "heldout.jsonl", "--out", world / "eval", *args.sampling]
         command += ["--problems", args.problems, "--samples", max(KS)]
         add(f"eval-{stage}", command, eval_path(world, names[-1]), names, 8 + 8 * len(names))
 
-    command = ["tests/toy_world.py", "build", world, "--seed", seed, "--steps", args.base_steps]
+    command = ["tests/toy/toy_world.py", "build", world, "--seed", seed, "--steps", args.base_steps]
     command += ["--length", args.length]
     add("base", command, world / "base", [], 8 + 0.06 * args.base_steps)
     train("sparse-only", "--method sparse", "base", args.stage1 + args.stage2)
@@ -119,8 +133,8 @@ def plan(args: argparse.Namespace, seed: int) -> list[Job]:
         train(name, SYSTEMS[name][1], "base", args.stage1)
     for name in args.systems:
         train(f"{name}-then-sparse", "--method sparse", name, args.stage2)
-    evaluate("stage-1", ["base", *args.systems])
-    evaluate("stage-2", [*(f"{name}-then-sparse" for name in args.systems), "sparse-only"])
+    evaluate_all("stage-1", ["base", *args.systems])
+    evaluate_all("stage-2", [*(f"{name}-then-sparse" for name in args.systems), "sparse-only"])
     return jobs
 
 
@@ -159,7 +173,9 @@ def run_all(jobs: list[Job], lock: int, starts: Path) -> None:
             exprl.stop(f"{job.name} failed; its log {job.log} ends: {last}")
         seconds = time.monotonic() - started
         record = {"command": job.command, "seconds": seconds, "code": code_version()}
-        exprl.write_log(job.marker, [record], "w")  # whole or not at all
+        partial = job.marker.with_suffix(".partial")
+        partial.write_text(json.dumps(record) + "\n")
+        partial.replace(job.marker)  # completely or not at all
         finished.add(job.name)
         new.append((seconds, job.expected))
         say(f"{job.name} took {seconds:.0f} s")
@@ -183,13 +199,13 @@ def run_all(jobs: list[Job], lock: int, starts: Path) -> None:
             process.kill()
         judge.shutdown()
         if new:
-            exprl.write_log(starts, [{"seconds": time.monotonic() - begun}])
+            exprl.append_jsonl(starts, [{"seconds": time.monotonic() - begun}])
 
 
 def code_version() -> str:
     """A hash of the files that make the results."""
     files = [ROOT / "exprl.py", ROOT / "judge_prompts.py"]
-    files += [ROOT / "tests" / "toy_world.py", ROOT / "tests" / "baselines.py"]
+    files += [ROOT / "tests/toy/toy_world.py", ROOT / "tests/tools/baselines.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -199,8 +215,10 @@ def code_version() -> str:
 
 def read_eval(path: Path) -> dict[str, list[float]]:
     """{"pass@1": one number a problem, ..., "steps": its share of completions with all right}."""
-    records = exprl.read_log(path)
-    rates = {f"pass@{k}": [exprl.pass_at_k(r["n"], r["correct"], k) for r in records] for k in KS}
+    records = exprl.read_jsonl(path)
+    rates = {}
+    for k in KS:
+        rates[f"pass@{k}"] = [evaluate.pass_at_k(r["n"], r["correct"], k) for r in records]
     right = [toy_world.write_trace(r["question"], toy_world.apply) for r in records]
     pairs = zip(records, right, strict=True)
     return rates | {"steps": [r["texts"].count(text) / r["n"] for r, text in pairs]}
@@ -208,9 +226,13 @@ def read_eval(path: Path) -> dict[str, list[float]]:
 
 def read_costs(run: Path) -> tuple[int, int]:
     """(completions, optimizer steps), counted in a run's logs."""
-    updates = exprl.read_log(run / "settings.json")[0]["updates_per_batch"]
-    steps = ["reward" in record for record in exprl.read_log(run / "metrics.jsonl")]
-    return len(exprl.read_log(run / "rollouts.jsonl")), updates * sum(steps)
+    settings = json.loads((run / "settings.json").read_text())
+    iterations = {record["iteration"] for record in exprl.read_jsonl(run / "metrics.jsonl")}
+    if settings["method"] == "sft":
+        completions = settings["prompts_per_iteration"]
+    else:
+        completions = settings["prompts_per_iteration"] * settings["group_size"]
+    return len(iterations) * completions, len(iterations) * settings["optimizer_steps"]
 
 
 def collect(args: argparse.Namespace) -> dict[str, dict]:
@@ -301,8 +323,8 @@ def report(args: argparse.Namespace, jobs: list[Job]) -> None:
         means = [100 * row[s]["pass@1"].mean(axis=1) if s in row else [] for s in (1, 2)]
         texts = [[f"{mean:.1f}" for mean in stage] or ["–"] * len(args.seeds) for stage in means]
         by_seed.append([label, *map(" → ".join, zip(*texts, strict=True))])
-    records = [exprl.read_log(job.marker)[0] for job in jobs]
-    starts = exprl.read_log(args.runs / "compare" / "starts.jsonl")
+    records = [exprl.read_jsonl(job.marker)[0] for job in jobs]
+    starts = exprl.read_jsonl(args.runs / "compare" / "starts.jsonl")
     took, wall = (sum(r["seconds"] for r in part) / 60 for part in (records, starts))
     machine = f"""{len(jobs)} jobs, {AT_A_TIME} at a time with one thread each, on {os.cpu_count()}
 CPU cores: {wall:.1f} minutes in {len(starts)} start(s) of the command, the jobs' times added up

@@ -8,43 +8,30 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+ROOMS = [TESTS / room for room in ("toy", "tools", "course", "stress", "unit")]
+sys.path[:0] = map(str, [ROOT, *ROOMS])
 
-import baselines  # noqa: E402
-import torch  # noqa: E402
 import toy_world  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import exprl  # noqa: E402
 
+SETTINGS = [exprl.TrainingSettings, exprl.SamplingSettings, exprl.JudgeSettings]
 SMALL = [
-    "--steps",
-    "2",
-    "--prompts-per-step",
-    "2",
-    "--group-size",
-    "4",
-    "--max-new-tokens",
-    "60",
-    "--temperature",
-    "1",
-    "--lr",
-    "1e-3",
-    "--micro-batch",
-    "4",
-    "--kl",
-    "0.1",
-]
+    "--iterations", "2", "--prompts-per-iteration", "2", "--group-size", "4", "--micro-batch", "4",
+    "--max-new-tokens", "60", "--temperature", "1", "--lr", "1e-3", "--kl", "0.1",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A toy world with few problems; its base model has the form, and is right now and then."""
+    """A toy world of 24 problems. Its base model knows the form and is sometimes correct."""
     folder = tmp_path_factory.mktemp("tiny")
-    toy_world.build(folder, seed=0, steps=900, n_train=24, n_held_out=64)
+    toy_world.build(folder, seed=0, steps=250, n_train=24, n_held_out=64)
     return folder
 
 
@@ -58,7 +45,7 @@ def judge():
 
 @pytest.fixture
 def model():
-    """A random transformer with a vocabulary of 40."""
+    """A random transformer with a vocabulary of 40 tokens, which samples at temperature 0.7."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=40,
@@ -69,59 +56,67 @@ def model():
         num_key_value_heads=2,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.temperature = 0.7
+    return model
 
 
 @pytest.fixture
 def no_key(monkeypatch):
-    """Without a judge in the environment."""
+    """Remove the key and the address of a judge from the environment."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
 
-def train_command(tiny: Path, judge, out: Path, *flags: str) -> list[str]:
-    """A run of two small steps; a flag given here replaces the one of SMALL."""
+def train_command(tiny, judge, out, *flags):
+    """Return the flags of a run of two small iterations. `flags` come last and therefore win."""
     files = ["--model", tiny / "base", "--data", tiny / "train.jsonl", "--out", out]
     server = ["--judge-url", judge.url, "--judge-model", "toy-judge"]
-    return list(map(str, ["train", *files, *server, *SMALL, *flags]))
+    return [str(part) for part in [*files, *server, *SMALL, *flags]]
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    """Undo what `train` does with Ctrl-C and SIGTERM, so that they still end pytest."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run_training(command):
+    """Train in this process with exprl.py, or with baselines.py if a flag is known only there."""
+    if {"sft", "distill", "--reference"} & {*command}:
+        import baselines
+
+        settings = [baselines.BaselineSettings, *SETTINGS[1:]]
+        exprl.run_command(baselines.train, settings, command)
+    else:
+        exprl.run_command(exprl.train, SETTINGS, command)
 
 
 @pytest.fixture
 def train(tiny, judge, no_key):
-    """train(out, *flags): the run of train_command, in this process; returns its folder."""
+    """train(out, *flags) trains as train_command says, in this process, and returns `out`."""
 
-    def run(out: Path, *flags: str) -> Path:
+    def run(out, *flags):
         run_training(train_command(tiny, judge, out, *flags))
         return out
 
     return run
 
 
-def run_training(command: list[str]) -> None:
-    """exprl.py, or baselines.py where a flag asks for what only that has."""
-    if {"sft", "distill", "--reference"} & {*command}:
-        exprl.run_command(baselines.train, baselines.BaselineSettings, command[1:], "")
-    else:
-        exprl.main(command)
-
-
-def sample_with(monkeypatch, sample) -> None:
-    """Make the training loop take its samples from this function."""
-    rows, _, fill, loss = exprl.train.__defaults__
-    monkeypatch.setattr(exprl.train, "__defaults__", (rows, sample, fill, loss))
-
-
-def surroundings(**changes) -> dict[str, str]:
-    """The environment of a shell in which this interpreter's environment is active."""
+def surroundings(**changes):
+    """Return the environment variables of a shell in which this Python's environment is active."""
     bin_folder = str(Path(sys.executable).parent)
     path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
     kept = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI")}
     return kept | {"VIRTUAL_ENV": sys.prefix, "PATH": path} | changes
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def walk(tmp_path_factory):
-    """train_small.sh with few steps, started before the other tests and running beside them."""
+    """(process, runs): train_small.sh with few iterations, in the background."""
     runs = tmp_path_factory.mktemp("walk") / "toy"
     few = surroundings(RUNS=str(runs), BASE_STEPS="20", STAGE1="2", STAGE2="1", PROBLEMS="8")
     with open(runs.parent / "output", "w") as output:
@@ -134,17 +129,31 @@ def walk(tmp_path_factory):
         os.killpg(process.pid, signal.SIGTERM)
 
 
-def read(path: Path) -> list[dict]:
-    """The records of a JSON-lines file."""
+@pytest.fixture(scope="session", autouse=True)
+def start_walk(request):
+    """Start `walk` before the first test if any test needs it, since it takes a while."""
+    if any("walk" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("walk")
+
+
+def read(path):
+    """Return the records of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def steps_of(run: Path) -> list[dict]:
-    """The metrics of a run's steps, without the times, which differ from run to run."""
-    records = [r for r in read(run / "metrics.jsonl") if "reward" in r]
-    return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in records]
+def iterations_of(run):
+    """Return the last record of each iteration of a run, without the amounts paid to the judge.
+
+    The amounts differ between an uninterrupted run and a resumed one, and everything else is equal.
+    """
+    file = run / "metrics.jsonl"
+    records = {record["iteration"]: record for record in exprl.read_jsonl(file)}
+    for record in records.values():
+        for name in ("judge_calls", "prompt_tokens", "completion_tokens"):
+            record.pop(name, None)
+    return [records[iteration] for iteration in sorted(records)]
 
 
-def weights_of(run: Path) -> bytes:
-    """The trained weights, to the bit."""
+def weights_of(run):
+    """Return the trained weights, bit for bit."""
     return (run / "final" / "model.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-r"""The assignment: what is handed out, what the grader takes off, and that it can be trusted."""
+"""The assignment: what is handed out, and that the grader can be trusted."""
 
 import ast
 import csv
@@ -10,24 +10,30 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import assignment
 import baselines
+import evaluate
 import mutants
 import pytest
 import sandbox
-from conftest import ROOT, read, steps_of, train_command
+from conftest import ROOT, read, train_command
 from properties import PROPERTIES, first_failure
 
 import exprl
 import judge_prompts
 
 NAMES = [function.name for function in assignment.FUNCTIONS]
-MODULES = {"exprl.py": exprl, "judge_prompts.py": judge_prompts, "tests/baselines.py": baselines}
 FILES = {function.name: function.file for function in assignment.FUNCTIONS}
+MODULES = {
+    "exprl.py": exprl,
+    "judge_prompts.py": judge_prompts,
+    "tests/tools/baselines.py": baselines,
+    "tests/tools/evaluate.py": evaluate,
+}
+NOT_WRITTEN = "    raise NotImplementedError\n"
 
 
 def run(*command, folder=ROOT, timeout=280) -> subprocess.CompletedProcess:
@@ -39,84 +45,86 @@ def run(*command, folder=ROOT, timeout=280) -> subprocess.CompletedProcess:
     )
 
 
+def solve(blank: Path, solved: Path) -> Path:
+    """A copy of a folder with our functions in it."""
+    shutil.copytree(blank, solved)
+    for name in MODULES:
+        shutil.copy(ROOT / name, solved / name)
+    return solved
+
+
 # ---- Handing out ---------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def handed_out(tmp_path_factory):
     out = tmp_path_factory.mktemp("assignment") / "student"
-    done = run("tests/assignment.py", "make", out)
+    done = run("tests/course/assignment.py", "make", out)
     assert done.returncode == 0, done.stderr
     return out
 
 
-def test_the_folder_has_what_the_issue_names_and_no_solution(handed_out):
-    files = {str(p.relative_to(handed_out)) for p in handed_out.rglob("*") if p.is_file()}
-    assert files == {"README.md", *assignment.HANDED_OUT}
-    for name in MODULES:
-        ours, theirs = ((folder / name).read_text() for folder in (ROOT, handed_out))
+def check_blanks(folder: Path, names: list[str]) -> None:
+    """The folder's modules are ours, without the bodies of these functions."""
+    for file in MODULES:
+        ours, theirs = ((place / file).read_text() for place in (ROOT, folder))
         ours, theirs = map(assignment.find_functions, (ours, theirs))
         assert list(ours) == list(theirs)
         for function, node in theirs.items():
-            if FILES.get(function) != name:
+            if function not in names:
                 assert ast.dump(node) == ast.dump(ours[function])
                 continue
             assert ast.get_docstring(node) == ast.get_docstring(ours[function])
             assert ast.dump(node.args) == ast.dump(ours[function].args)
             assert ast.unparse(node.body[1:]) == "raise NotImplementedError"
+
+
+def test_the_folder_has_all_that_is_needed_and_no_solution(handed_out):
+    files = {str(p.relative_to(handed_out)) for p in handed_out.rglob("*") if p.is_file()}
+    assert files == {"README.md", *assignment.HANDED_OUT}
+    check_blanks(handed_out, NAMES)
     for name in set(files) - {"README.md", *MODULES}:
         assert (handed_out / name).read_bytes() == (ROOT / name).read_bytes()
 
 
-def test_its_readme_names_each_function_its_place_its_points_and_a_test_that_is_there(handed_out):
+def test_its_readme_names_each_function_its_place_its_points_and_an_existing_test(handed_out):
     page = (handed_out / "README.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| `(.*):(\d+)` \| `(.*)` \|$", page, re.MULTILINE)
     assert [(name, int(points)) for name, points, *_ in rows] == [
         (function.name, function.points) for function in assignment.FUNCTIONS
     ]
-    public = (ROOT / "tests" / "test_public.py").read_text()
+    public = (ROOT / "tests" / "course" / "test_public.py").read_text()
     for name, _, file, line, command in rows:
-        assert (
-            (handed_out / file).read_text().splitlines()[int(line) - 1].startswith(f"def {name}(")
-        )
-        assert command.endswith(f"{file} tests/test_public.py -k {name}")
+        lines = (handed_out / file).read_text().splitlines()
+        assert lines[int(line) - 1].startswith(f"def {name}(")
+        assert command.endswith(f"{file} tests/course/test_public.py -k {name}")
         assert f"\ndef test_{name}(" in public
     assert "## Write (80 points)" in page and "{" + "%" not in page
     assert len(re.findall(r"^### \d\. ", page, re.MULTILINE)) == 6
+    for path in re.findall(r"(?<![\w/])(?:tests/[\w/]+\.(?:py|sh)|\w+\.(?:py|sh))\b", page):
+        assert (handed_out / path).is_file(), path
+    for name in re.findall(r"Read ([^.:]*)[.:]", page):  # the functions to read exist
+        for word in re.findall(r"`(\w+)(?:\.\w+)?`", name):
+            assert any(hasattr(module, word) for module in MODULES.values()), word
 
 
 def test_public_tests_fail_on_the_blank_and_pass_on_the_solution(handed_out, tmp_path):
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_public.py", "-rA"]
+    tests = "tests/course/test_public.py"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-rA", tests]
     blank = run(*command, folder=handed_out).stdout
     assert "NotImplementedError" in blank and not re.search(r"^PASSED", blank, re.MULTILINE)
     for name in NAMES:
         assert f"::test_{name}" in blank
-    solved = shutil.copytree(handed_out, tmp_path / "solved")
-    for name in MODULES:
-        shutil.copy(ROOT / name, solved / name)
-    command += ["--doctest-modules", *MODULES]
-    done = run(*command, folder=solved)
+    solved = solve(handed_out, tmp_path / "solved")
+    every = [name for name in assignment.HANDED_OUT if name.endswith(".py")]  # all are imported
+    done = run(*command, "--doctest-modules", *every, folder=solved)
     assert done.returncode == 0, done.stdout[-2000:]
 
 
-def test_only_some_functions_are_taken_out(tmp_path, tiny, judge):
-    """The others work: a run that needs none of them trains."""
+def test_only_some_functions_are_taken_out(tmp_path):
     out = tmp_path / "student"
     assignment.main(["make", str(out), "--only", "step_advantages", "fence"])
-    blanks = re.findall(
-        r"^def (\w+)\((?:(?!^def ).)*?^    raise NotImplementedError$",
-        (out / "exprl.py").read_text() + (out / "judge_prompts.py").read_text(),
-        re.MULTILINE | re.DOTALL,
-    )
-    assert set(blanks) == {"step_advantages", "fence"}
+    check_blanks(out, ["step_advantages", "fence"])
     page = (out / "README.md").read_text()
     assert "## Write (12 points)" in page and "`pass_at_k`" not in page
-    command = train_command(tiny, judge, tmp_path / "run", "--method", "sparse", "--steps", "1")
-    done = run("exprl.py", *command, folder=out)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [m["step"] for m in steps_of(tmp_path / "run")] == [1]
-    again = train_command(tiny, judge, tmp_path / "run-2", "--steps", "1")
-    assert "NotImplementedError" in run("exprl.py", *again, folder=out).stderr
 
 
 def test_bad_input_gets_one_line(tmp_path):
@@ -126,19 +134,37 @@ def test_bad_input_gets_one_line(tmp_path):
     for argv, message in (
         (["make", full], "not empty"),
         (["make", str(tmp_path / "full" / "work.py")], "not empty"),
-        (["make", str(tmp_path / "new"), "--only", "pass_at_kk"], "called pass_at_kk: there are"),
+        (["make", str(tmp_path / "new"), "--only", "pass_at_kk"], "pass_at_kk.*pass_at_k"),
         (["grade", str(tmp_path / "nowhere"), full], "no folder .*nowhere"),
         (["grade", full, "--out", "grades.json"], r"\.csv"),
-        (["grade", full, "--out", str(tmp_path / "no" / "grades.csv")], "no file can be written"),
-        (["grade", full, "--seconds", "0"], "--seconds is at most"),
-        (["grade", full, "--seconds", "inf"], "--seconds is at most"),
+        (["grade", full, "--out", str(tmp_path / "no" / "grades.csv")], "--out .*grades.csv"),
+        (["grade", full, "--seconds", "0"], "--seconds"),
+        (["grade", full, "--seconds", "inf"], "--seconds"),
         (["grade", full, "--seed", "99999999999999999999999"], "--seed"),
-        (["grade", empty, "--only", "update"], "called update"),
+        (["grade", empty, "--only", "update"], "update"),
     ):
         with pytest.raises(SystemExit, match=message) as stopped:
             assignment.main(argv)
         assert "\n" not in str(stopped.value)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.stress
+def test_the_solved_folder_trains_on_the_toy_world(handed_out, tiny, judge, tmp_path):
+    """With our bodies put into the blanks, the folder is our code and trains against a judge."""
+    solved = shutil.copytree(handed_out, tmp_path / "solved")
+    for name in MODULES:
+        source, ours = (solved / name).read_text(), (ROOT / name).read_text()
+        nodes = [(f, assignment.find_functions(ours)[f]) for f in NAMES if FILES[f] == name]
+        for _, node in sorted(nodes, key=lambda item: item[1].lineno):
+            body = ours.splitlines(keepends=True)[node.body[0].end_lineno : node.end_lineno]
+            source = source.replace(NOT_WRITTEN, "".join(body), 1)
+        assert source == ours
+        (solved / name).write_text(source)
+    done = run("exprl.py", *train_command(tiny, judge, tmp_path / "run"), folder=solved)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(read(tmp_path / "run" / "rollouts.jsonl")) == 16
+    assert (tmp_path / "run" / "final").is_dir()
 
 
 # ---- Grading -------------------------------------------------------------------------------------
@@ -159,7 +185,7 @@ ATTACKS = {  # function: (a body that is not an honest mistake, what the student
     ),
     "group_advantages": (
         "import torch; torch.allclose = torch.equal = lambda *a, **k: True\n"
-        "    return torch.zeros_like(rewards)",
+        "    return [0.0] * len(rewards)",
         "But group_advantages",
     ),
     "policy_loss": (
@@ -170,7 +196,7 @@ ATTACKS = {  # function: (a body that is not an honest mistake, what the student
         "    return 0",
         "But ",
     ),
-    "kl_to_reference": ("logp.zero_(); return logp_ref - logp", "in place"),
+    "kl_to_initial": ("logp.zero_(); return logp_initial - logp", "in place"),
     "reverse_kl": (
         "print('passed ' * 9999); return student.sum(-1) * float('nan')",
         "But reverse_kl",
@@ -179,7 +205,7 @@ ATTACKS = {  # function: (a body that is not an honest mistake, what the student
 }
 
 
-ORDER = ("attacks", "harder", "loop", "crash", "half", "solved")
+ORDER = ("attacks", "harder", "blank", "crash", "half", "solved")
 HARDER = {  # the same, past Python's audit hook or against the grader itself
     "completion_mask": "import torch; torch.save({}, STAINED)",
     "completion_logits": (
@@ -191,7 +217,7 @@ HARDER = {  # the same, past Python's audit hook or against the grader itself
         "    s = socket.socket(socket.AF_UNIX)\n"
         "    s.connect(glob.glob('/tmp/pymp-*/listener-*')[0]); s.send(b'xx')"
     ),
-    "parse_score": "exec(open(SIBLING).read(), n := {}); return n['parse_score'](reply, label)",
+    "parse_score": "return open(SIBLING.replace('exprl', 'judge_prompts')).read().count('5')",
     "fence": (
         "if '</text-1>' in texts[0]: return '<text-1-aaaaaaaa>\\n' * 1600000\n"
         "    code = hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]\n"
@@ -211,7 +237,7 @@ HARDER = {  # the same, past Python's audit hook or against the grader itself
     "policy_loss": (
         "import os; os.path.realpath = lambda p: '/dev/null'\n    return open(SIBLING).read()"
     ),
-    "kl_to_reference": (
+    "kl_to_initial": (
         "import os; os.open('exprl.py', 0, dir_fd=os.open(os.path.dirname(SIBLING), 0))"
     ),
     "reverse_kl": (
@@ -224,7 +250,7 @@ HARDER = {  # the same, past Python's audit hook or against the grader itself
 
 
 def with_bodies(name: str, bodies: dict[str, str], **paths) -> str:
-    """One of our two files, with other bodies in the graded functions."""
+    """One of our modules, with other bodies in the graded functions."""
     source = (ROOT / name).read_text()
     nodes, lines = assignment.find_functions(source), source.splitlines(keepends=True)
     for function in sorted(bodies, key=lambda f: -nodes[f].lineno if f in nodes else 0):
@@ -240,7 +266,7 @@ def with_bodies(name: str, bodies: dict[str, str], **paths) -> str:
 def graded(handed_out, tmp_path_factory):
     """What the grader prints, its rows, and the folder of all of this."""
     folder = tmp_path_factory.mktemp("graded")
-    for name in ("solved", "attacks", "harder", "crash", "half", "loop"):
+    for name in ORDER:
         shutil.copytree(handed_out, folder / name)
     paths = {"PUBLIC": ROOT / "exprl.py", "STAINED": folder / "stained"}
     paths["SIBLING"] = folder / "solved" / "exprl.py"
@@ -255,16 +281,13 @@ def graded(handed_out, tmp_path_factory):
     (folder / "half" / "judge_prompts.py").unlink()
     crash = "import torch.testing, sys\nsys.modules['properties'] = sys\nraise SystemExit('bye')\n"
     (folder / "crash" / "exprl.py").write_text(crash)
-    (folder / "loop" / "exprl.py").write_text("while True:\n    pass\n")
     order = [folder / name for name in ORDER]
     # the teacher stands in a submission that has a file with the name of a package
     stains = f"open({str(folder / 'stained')!r}, 'w').write('imported')\n"
     (folder / "harder" / "regex.py").write_text(stains)
-    command = [ROOT / "tests" / "assignment.py", "grade", *order, "--out", folder / "grades.csv"]
-    begun = time.monotonic()
+    command = [assignment.__file__, "grade", *order, "--out", folder / "grades.csv"]
     done = run(*command, "--seconds", "10", "--memory", "1000", folder=folder / "harder")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert time.monotonic() - begun < 200
     rows = json.loads((folder / "grades.json").read_text())
     by_folder = {path.name: [r for r in rows if r["submission"] == str(path)] for path in order}
     return done.stdout, by_folder, folder
@@ -274,13 +297,13 @@ def test_a_submission_can_lose_no_points_but_its_own(graded):
     output, rows, _ = graded
     assert [r["points"] for r in rows["solved"]] == [f.points for f in assignment.FUNCTIONS]
     assert output.rstrip().splitlines()[-2].split() == ["total", "80/80"]
-    for name in ("attacks", "harder", "crash", "loop"):
+    for name in ("attacks", "harder", "crash", "blank"):
         assert [r["function"] for r in rows[name]] == NAMES
     assert "stained" not in {path.name for path in graded[2].iterdir()}
 
 
 @pytest.mark.parametrize("function", NAMES)
-def test_what_is_no_solution_gets_no_points(graded, function):
+def test_an_attack_gets_no_points(graded, function):
     """Nor does it matter what it does instead: the reason is in one line, in words."""
     _, rows, _ = graded
     [row] = [r for r in rows["attacks"] if r["function"] == function]
@@ -290,7 +313,7 @@ def test_what_is_no_solution_gets_no_points(graded, function):
 
 
 @pytest.mark.parametrize("function", NAMES)
-def test_what_gets_past_an_audit_hook_gets_no_points_either(graded, function):
+def test_an_attack_past_an_audit_hook_gets_no_points(graded, function):
     _, rows, folder = graded
     [row] = [r for r in rows["harder"] if r["function"] == function]
     kernel_only = ("completion_mask", "step_advantages", "reverse_kl")
@@ -317,7 +340,7 @@ def test_the_only_network_is_loopback_and_that_works():
         pytest.skip("this system gives no network namespace")
     code = f"""if True:
         import socket, sys
-        sys.path.insert(0, {str(ROOT / "tests")!r})
+        sys.path.insert(0, {str(ROOT / "tests" / "course")!r})
         import sandbox
         sandbox.leave_the_network()
         server = socket.create_server(("127.0.0.1", 0))
@@ -327,18 +350,29 @@ def test_the_only_network_is_loopback_and_that_works():
     assert done.stdout.strip() == "[(1, 'lo')]", done.stderr
 
 
-def test_what_cannot_be_imported_costs_its_own_functions_only(graded):
+def test_a_file_that_cannot_be_imported_costs_its_own_functions_only(graded):
     _, rows, _ = graded
-    for name, words in (("crash", "cannot be imported: SystemExit: bye"), ("loop", "10 seconds")):
-        for row in rows[name]:
-            assert row["points"] == 0  # the blank judge_prompts.py too
-            if FILES[row["function"]] == "judge_prompts.py":
-                assert "not written yet" in row["failed"]
-            else:  # it is exprl.py, or needs it
-                assert words in row["failed"]
-    for row in rows["half"]:  # its exprl.py needs the file that is not there
-        assert row["points"] == 0
-    assert "there is no judge_prompts.py" in rows["half"][4]["failed"]
+    for row in rows["crash"]:  # all but judge_prompts.py need the broken exprl.py
+        is_alone = FILES[row["function"]] == "judge_prompts.py"
+        words = "not written yet" if is_alone else "cannot be imported: SystemExit: bye"
+        assert row["points"] == 0 and words in row["failed"]
+    for row in rows["blank"]:
+        assert row["points"] == 0 and "not written yet" in row["failed"]
+    for row in rows["half"]:  # its exprl.py needs the missing file
+        words = "judge_prompts"
+        assert row["points"] == 0 and words in row["failed"]
+
+
+@pytest.mark.stress
+def test_an_import_that_never_ends_is_a_failure(handed_out, tmp_path):
+    endless = shutil.copytree(handed_out, tmp_path / "endless")
+    (endless / "exprl.py").write_text("while True:\n    pass\n")
+    out = tmp_path / "grades.csv"
+    command = [assignment.__file__, "grade", endless, "--seconds", "5", "--out", out]
+    assert run(*command).returncode == 0
+    for row in json.loads(out.with_suffix(".json").read_text()):
+        is_alone = FILES[row["function"]] == "judge_prompts.py"
+        assert ("not written yet" if is_alone else "5 seconds") in row["failed"]
 
 
 def test_csv_and_json_say_the_same(graded):
@@ -350,7 +384,7 @@ def test_csv_and_json_say_the_same(graded):
     assert set(table[0]) == {"submission", "problem", "function", "points", "out_of", "failed"}
 
 
-def test_what_is_graded_is_kept_when_the_rest_fails(tmp_path, monkeypatch):
+def test_graded_folders_are_kept_when_the_rest_fails(tmp_path, monkeypatch):
     def grade_submission(folder, functions, args):
         if folder.name == "b":
             raise KeyboardInterrupt
@@ -358,6 +392,7 @@ def test_what_is_graded_is_kept_when_the_rest_fails(tmp_path, monkeypatch):
         return [row | {"out_of": 1, "failed": "=SUM(A1)"}]
 
     monkeypatch.setattr(assignment, "grade_submission", grade_submission)
+    monkeypatch.setattr(sandbox, "warm_up", lambda: None)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     folders, out = [str(tmp_path / name) for name in ("a", "b")], tmp_path / "grades.csv"
@@ -393,16 +428,13 @@ def test_a_reply_that_no_honest_process_sends_is_a_failure(reply):
 
 
 # ---- The grader is graded ------------------------------------------------------------------------
-
-
 def version(name: str, *change: str) -> sandbox.Graded:
     """A function as it is, or with one edit (old, new), or from a source of its own."""
     function = getattr(MODULES[FILES[name]], name)
     source = inspect.getsource(function)
     if len(change) == 2:
-        assert source.count(change[0]) == 1, (
-            f"{name}: {change[0]!r} is there {source.count(change[0])} times"
-        )
+        n = source.count(change[0])
+        assert n == 1, f"{name} contains {change[0]!r} {n} times: change the mutant"
         source = source.replace(*change)
     elif change:
         [source] = change
@@ -439,38 +471,16 @@ def test_a_wrong_version_lacks_a_property(name, change):
 @pytest.mark.parametrize(
     ("name", "i"), [(name, i) for name in NAMES for i in range(len(mutants.CORRECT[name]))]
 )
-def test_another_correct_version_lacks_none(name, i):
+def test_another_correct_version_has_every_property(name, i):
     f = version(name, mutants.CORRECT[name][i])
     assert first_failure(f, PROPERTIES[name]) == ""
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_property_is_needed_or_says_more(name):
-    """A function that is not written, or returns nothing, fails each property, in words."""
+def test_a_function_that_returns_nothing_fails_each_property(name):
     source = inspect.getsource(getattr(MODULES[FILES[name]], name))
-    head = source[: source.index('"""')] if '"""' in source else source
-    head = re.sub(r"\br$", "", head.rstrip(" ").rstrip("r"))
-    for body in ("raise NotImplementedError", "return None"):
-        for check in PROPERTIES[name]:
-            assert check.__doc__.strip().endswith(".")
-            with pytest.raises((sandbox.Failed, AttributeError, TypeError)):
-                check(version(name, f"{head.rstrip()}\n    {body}\n"))
-
-
-def test_own_code_runs_the_toy_world(handed_out, tiny, judge, tmp_path):
-    """With the functions filled in, the folder that was handed out trains against a judge."""
-    solved = shutil.copytree(handed_out, tmp_path / "solved")
-    for name in MODULES:
-        source, ours = (solved / name).read_text(), (ROOT / name).read_text()
-        nodes = assignment.find_functions(ours)
-        for function in sorted(NAMES, key=lambda f: nodes[f].lineno if f in nodes else 0):
-            if FILES[function] == name:
-                body = ours.splitlines(keepends=True)
-                body = body[nodes[function].body[0].end_lineno : nodes[function].end_lineno]
-                source = source.replace("    raise NotImplementedError\n", "".join(body), 1)
-        assert source == ours  # to the letter: what follows is our own code in the student's folder
-        (solved / name).write_text(source)
-    done = run("exprl.py", *train_command(tiny, judge, tmp_path / "run"), folder=solved)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(read(tmp_path / "run" / "rollouts.jsonl")) == 16
-    assert Path(tmp_path / "run" / "final").is_dir()
+    head = source[: source.index(":\n") + 2]
+    for check in PROPERTIES[name]:
+        assert check.__doc__.strip().endswith(".")
+        with pytest.raises((sandbox.Failed, AttributeError, TypeError)):
+            check(version(name, f"{head}    return None\n"))

@@ -1,4 +1,4 @@
-r"""calibrate, against judges of known worth behind a real HTTP server."""
+r"""calibrate and attempts, with judges of known quality behind a real HTTP server."""
 
 import hashlib
 import itertools
@@ -10,13 +10,14 @@ import attempts
 import calibrate as calibration
 import numpy as np
 import pytest
+import quotes
 import toy_world
 from conftest import read
 
 import exprl
-import judge_prompts
 
-CHECKPOINTS = "- the two are added\n- the sum is boxed"
+RUBRIC = "- the two are added\n- the sum is boxed"
+CLASSES = [calibration.CalibrateSettings, exprl.SamplingSettings, quotes.AnyJudgeSettings]
 ROWS = [
     {
         "question": f"What is {i} + {i + 1}?",
@@ -29,7 +30,7 @@ ROWS = [
 
 
 def run_calibrate(argv):
-    exprl.run_command(calibration.calibrate, calibration.CalibrateSettings, argv, "")
+    exprl.run_command(calibration.calibrate, CLASSES, argv)
 
 
 REFERENCE = {row["question"]: row["reference"] for row in ROWS}
@@ -75,12 +76,14 @@ def calibrate(tmp_path, capsys, no_key):
         asked, lock = {}, threading.Lock()
 
         def answer(request):
+            if len(request["messages"]) == 1:
+                return "ready"
             user = request["messages"][1]["content"]
             fenced = re.findall(
                 r"^<(text-\d+-\w{8})>\n(.*?)\n</\1>$", user, re.DOTALL | re.MULTILINE
             )
             if not fenced:
-                return CHECKPOINTS
+                return RUBRIC
             with lock:
                 asked[user] = asked.get(user, -1) + 1
             question = re.search(r"## Problem\n(.*)", user)[1]
@@ -113,12 +116,20 @@ def row_of(output, name):
     return re.findall(r"undefined|-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]|[\d.]+%|[\d.]+|nan", line)
 
 
-def verdict_of(output):
-    return re.search(r"^verdict: (.*)$", output, re.MULTILINE)[1]
+def recommendation_of(output):
+    return re.search(r"^recommendation: (.*)$", output, re.MULTILINE)[1]
+
+
+def paid_in(output):
+    return int(re.search(r"^paid: (\d+) judge calls", output, re.MULTILINE)[1])
+
+
+def planned_in(output):
+    return int(re.search(r"up to (\d+) calls", output)[1])
 
 
 # --------------------------------------------------------------------------------------------------
-# Verdicts
+# Recommendations
 
 
 def test_a_perfect_judge_of_the_whole(calibrate):
@@ -129,58 +140,55 @@ def test_a_perfect_judge_of_the_whole(calibrate):
     assert row_of(output, "misplacement") == ["0.00 [0.00, 0.00]"] * 3
     assert row_of(output, "AUROC") == ["1.00 [1.00, 1.00]"] * 3
     assert row_of(output, "failed") == ["0.0%"] * 3
-    assert "asked again, 0% " in output
-    assert verdict_of(output) == "train with it" and "uncertain" not in output
-    assert {r["right: words"] for r in records if r["right: words"]} == {
-        "Score: 5",
-        "Score: 3",
-        "Score: 1",
-    }
+    assert "the judge gave 0% another score" in output
+    assert recommendation_of(output).startswith("train with") and "uncertain" not in output
+    replies = {reply for r in records for reply in r["right: replies"]}
+    assert replies == {"Score: 5", "Score: 3", "Score: 1"}
 
 
 def test_a_perfect_judge_of_steps(calibrate):
-    """Each step is asked about, and what is known of each step is what it is compared with."""
+    """Every step is judged, and compared with what is known of it."""
     output, records, requests = calibrate(perfect, 8)
     assert row_of(output, "the reference")[0] == "5.00"
     assert row_of(output, "last result wrong")[0] == "3.00"  # (5 + 1) / 2
     assert row_of(output, "another problem's")[0] == "1.00"
     assert row_of(output, "misplacement") == ["0.00 [0.00, 0.00]"] * 3
-    assert verdict_of(output) == "train with it"
+    assert recommendation_of(output).startswith("train with")
     by_name = {r["attempt"]: r for r in records if r["problem"] == 0}
     assert by_name["last result wrong"]["right"] == [5, 1]
     assert by_name["last result wrong"]["good"] == [1, 0]
     assert by_name["only the end right"]["good"] == [0, None]
-    assert any("text-2-" in r["messages"][1]["content"] for r in requests)
+    assert any("text-2-" in r["messages"][-1]["content"] for r in requests)
 
 
 def test_by_prefix_there_is_a_call_for_each_step(calibrate):
     output, _, requests = calibrate(perfect, 3, "--judge-input", "prefix", "--rubric", "none")
-    paid = int(re.search(r"up to ([\d,]+) calls", output)[1])
     # the first step of a reference and its first half is asked once, or (in two threads) twice
-    assert paid - 9 <= len(requests) <= paid and f"'judge_calls': {len(requests)}" in output
+    assert planned_in(output) - 9 <= len(requests) <= planned_in(output)
+    assert paid_in(output) == len(requests)
     # of each problem 10 steps of 6 attempts from references; with none and wrong 4 each; 2 again
-    n_attacks = sum(len(exprl.split_steps(list(a))) for a in attempts.ATTACKS[1:])
-    assert paid == 3 * (10 + 4 + 4 + 2) + n_attacks
+    n_attacks = sum(len(attempts.cut_into_steps(a)) for a in attempts.ATTACKS[1:])
+    assert planned_in(output) == 2 + 3 * (10 + 4 + 4 + 2) + n_attacks
 
 
-def test_without_reference_and_checkpoints_nothing_is_quoted_or_paid(calibrate):
+def test_without_reference_and_rubric_nothing_is_quoted_or_paid(calibrate):
     flags = ("--judge-input", "quotes", "--rubric", "none")
     output, records, requests = calibrate(lambda *_: "for all\n1: 1", 3, *flags)
     assert row_of(output, "failed") == ["0.0%"] * 3  # right, wrong and code
     assert all("none" not in record for record in records)
-    assert f"'judge_calls': {len(requests)}, " in output
+    assert paid_in(output) == len(requests)
 
 
 @pytest.mark.parametrize("method", ["process", "outcome"])
-def test_what_code_finds_without_the_judge_is_beside_what_it_quotes(calibrate, method):
-    """This judge quotes nothing; each line taken as quoted, all of the reference is found."""
+def test_what_code_finds_without_the_judge_is_shown_too(calibrate, method):
+    """This judge quotes nothing. With each line taken as quoted, all of the reference is found."""
     flags = ("--judge-input", "quotes", "--rubric", "none", "--method", method)
     output, records, _ = calibrate(lambda *_: "for all\n1: none", 4, *flags)
     assert row_of(output, "the reference") == ["1.00", "1.00", "5.00"]
-    assert row_of(output, "another problem's")[-1] == "1.00"
+    assert float(row_of(output, "another problem's")[-1]) <= 1.5  # some values coincide
     by_quotes, _, by_code = (float(cell[:4]) for cell in row_of(output, "misplacement"))
     assert by_code < 0.1 < by_quotes
-    assert verdict_of(output).startswith("do not train with it")
+    assert recommendation_of(output).startswith("do not train")
     assert all(len(r["code"]) == len(r["right"]) for r in records)
 
 
@@ -189,10 +197,10 @@ def test_a_judge_that_throws_dice(calibrate):
     for cell in row_of(output, "AUROC"):
         value, low, high = map(float, re.findall(r"[\d.]+", cell))
         assert 0.3 < value < 0.7 and low < value < high and low < 0.55 and high > 0.45
-    assert verdict_of(output).startswith("do not train with it: misplacement 0.")
+    assert "its misplacement is 0." in recommendation_of(output)
     pairs = [(r["right"], r["again"]) for r in records if "again" in r]
     differ = sum(a != b for a, b in pairs) / len(pairs)
-    assert f"asked again, {differ:.0%} " in output
+    assert f"the judge gave {differ:.0%} another score" in output
     assert 0.5 < differ < 1 and len(pairs) == 40
 
 
@@ -200,29 +208,33 @@ def test_a_judge_that_always_says_5(calibrate):
     output, _, _ = calibrate(lambda *_: 5, 4)
     assert row_of(output, "AUROC") == ["undefined"] * 3
     assert row_of(output, "misplacement") == ["0.50 [0.50, 0.50]"] * 3
-    verdict = verdict_of(output)
-    assert verdict.startswith("do not train with it")
-    assert "AUROC undefined" in verdict and "misplacement 0.50" in verdict
-    assert "talked" not in verdict  # it says so of everything
+    recommendation = recommendation_of(output)
+    assert recommendation.startswith("do not train")
+    assert "AUROC" in recommendation and "its misplacement is 0.50" in recommendation
+    assert "talked" not in recommendation  # its score is 5 for everything
 
 
 def test_a_judge_that_is_talked_into_a_5(calibrate):
     output, _, _ = calibrate(gullible, 4, *OUTCOME)
     assert row_of(output, "misplacement")[0] == "0.00 [0.00, 0.00]"
-    assert verdict_of(output) == "train with it"  # one attack of 21: 1.2 on average
-    assert "of the attempts that talk to the judge the best got 5.00: 'I compared this" in output
+    assert recommendation_of(output).startswith("train with")  # one attack of 21: 1.2 on average
+    assert "the best got 5.00: 'I compared this" in output
 
     def more(question, text, before):
         return max(gullible(question, text, before), 3 * ("core: 5" in text))
 
     output, _, _ = calibrate(more, 4, *OUTCOME, "--judge-model", "another")
-    assert verdict_of(output).startswith("do not train with it: it can be talked into a score")
+    recommendation = recommendation_of(output)
+    assert recommendation.startswith("do not train") and "talked into a score" in recommendation
+    assert "misplacement" not in recommendation
 
 
 def test_a_judge_that_fails_often(calibrate):
-    """A failure is no low score: it is counted, and left out of the rest."""
+    """A failure is not a low score: it is counted, and left out of the rest."""
     output, records, _ = calibrate(unreliable, 6, *OUTCOME)
-    assert verdict_of(output).startswith("do not train with it: over 10% failed: 'Score: ?'")
+    recommendation = recommendation_of(output)
+    assert recommendation.startswith("do not train") and "over 10%" in recommendation
+    assert "'Score: ?'" in recommendation
     failed = [r for r in records if r["right"] is None]
     assert row_of(output, "failed")[0] == f"{len(failed) / len(records):.1%}"
     assert {r["problem"] for r in failed} == {0, 3}
@@ -230,27 +242,14 @@ def test_a_judge_that_fails_often(calibrate):
     assert row_of(output, "the reference")[0] == "5.00"
 
 
-def test_a_judge_without_any_verdict_is_not_said_to_be_talked_into_one(calibrate):
-    output, _, _ = calibrate(lambda *_: "?", 3, "--rubric", "none")
-    assert "over 10% failed" in verdict_of(output) and "talked" not in verdict_of(output)
-
-
-@pytest.mark.parametrize("rubric", ["checkpoints", "none"])
-def test_a_dead_judge_stops_it_at_once(tmp_path, no_key, rubric):
-    """After the first problem; without a rubric, after the rubric's one call."""
-    server = toy_world.ChatServer(lambda request: (400, {"error": {"message": "out of memory"}}))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    flags = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]
-    flags += ["--judge-url", server.url, "--rubric", rubric, "--problems", "8"]
-    with pytest.raises(SystemExit, match=r"gives no answer: .*out of memory") as stopped:
-        run_calibrate(flags)
+def test_a_judge_that_fails_on_everything_stops_it(calibrate):
+    with pytest.raises(SystemExit, match="failed on most") as stopped:
+        calibrate(lambda *_: "?", 3, "--rubric", "none")
     assert "\n" not in str(stopped.value)
-    assert len(server.requests) <= (1 if rubric == "checkpoints" else 6 + 3)
-    server.shutdown()
 
 
 def test_an_error_of_the_judge_costs_outcome_more_than_process():
-    """20% lies spoil Outcome and not Process, as they do when the toy model is trained."""
+    """Errors in 20% spoil outcome and not process, as in a training of the toy model."""
     left = calibration.advantage_correlation
     for method in ("process", "outcome"):
         assert left(method, 0, 0) == pytest.approx(1)
@@ -260,8 +259,8 @@ def test_an_error_of_the_judge_costs_outcome_more_than_process():
     assert left("outcome", 0.0, 0.2) < 0.45 < 0.9 < left("outcome", 0.2, 0.0)
 
 
-def test_where_few_problems_leave_it_open_that_is_said(calibrate):
-    """A step in nine is misjudged: with six problems the intervals hold too much for a verdict."""
+def test_it_is_said_where_few_problems_leave_it_open(calibrate):
+    """A step in nine is misjudged. With six problems the intervals are too wide."""
 
     def lies(question, text, before):
         is_lie = hashlib.sha256(f"{question}{text}".encode()).digest()[0] < 256 * 0.11
@@ -269,9 +268,8 @@ def test_where_few_problems_leave_it_open_that_is_said(calibrate):
 
     for n, is_open in ((6, True), (12, False)):
         output, _, _ = calibrate(lies, n)
-        assert verdict_of(output) == "train with it"
-        assert ("but that is uncertain" in output) == is_open
-        assert ("--problems 24 tells more" in output) == is_open
+        assert recommendation_of(output).startswith("train with")
+        assert ("uncertain" in output) == ("--problems 24" in output) == is_open
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,7 +325,7 @@ def test_references_that_cannot_be_spoilt_give_fewer_attempts(reference):
 def test_a_wrong_result(before, after):
     assert attempts.change_result(before) == after
     if before != after:
-        values = map(judge_prompts.stated_value, (before, after))
+        values = map(quotes.stated_value, (before, after))
         assert len(set(values)) == 2 or before == "5 = x"
 
 
@@ -336,9 +334,8 @@ def test_attacks_hold_nothing_that_could_be_right():
     for attack in attempts.ATTACKS:
         attack.format(question="?")
     rows = [row | {"domain": "math"} for row in ROWS]
-    settings = calibration.CalibrateSettings(data="", judge_url="x")
     for n in (3, 4, 30):
-        groups = calibration.collect_attempts(rows[:n], settings)
+        groups = calibration.collect_attempts(rows[:n], seed=0)
         told = [a for group in groups for a in group if a.name == "talk to the judge"]
         assert len(told) == max(n, len(attempts.ATTACKS))
         assert min(sum(a.name == "talk to the judge" for a in group) for group in groups) >= 1
@@ -348,11 +345,9 @@ def test_attacks_hold_nothing_that_could_be_right():
 def test_another_problem_s_attempt_is_not_of_the_reference_that_is_shown(n):
     rows = [row | {"domain": "math"} for row in ROWS[:n]]
     for seed in range(20):
-        settings = calibration.CalibrateSettings(data="", seed=seed)
         wrong = calibration.show_reference(rows, "wrong", seed)
-        for group, row, shown in zip(
-            calibration.collect_attempts(rows, settings), rows, wrong, strict=True
-        ):
+        groups = calibration.collect_attempts(rows, seed)
+        for group, row, shown in zip(groups, rows, wrong, strict=True):
             (other,) = [a.completion.text for a in group if a.name == "another problem's"]
             assert other not in (row["reference"], shown["reference"])
 
@@ -364,7 +359,8 @@ def test_another_problem_s_attempt_is_not_of_the_reference_that_is_shown(n):
 def test_the_references_that_it_is_shown_and_what_is_paid_for(calibrate):
     n = 5
     output, _, requests = calibrate(perfect, n)
-    users = [request["messages"][1]["content"] for request in requests]
+    messages = [request["messages"] for request in requests]
+    users = [m[1]["content"] for m in messages if len(m) > 1]  # apart from the test calls
     shown = {}  # (question, reference) -> attempts
     for user in users:
         given, _, text = user.partition("\n## Text to judge\n")
@@ -383,12 +379,11 @@ def test_the_references_that_it_is_shown_and_what_is_paid_for(calibrate):
         assert pair in own or asked[pair] == 2
     n_attacks = len(attempts.ATTACKS) - 1  # ":" has no word: no call
     assert sum(asked[pair] for pair in own) == n * 6 + n_attacks + n
-    paid = int(re.search(r"up to ([\d,]+) calls", output)[1])
-    assert len(requests) == paid and f"'judge_calls': {paid}" in output
+    assert len(users) + 2 == len(requests) == paid_in(output) == planned_in(output)
 
     output, _, requests = calibrate(throw_dice, n)  # all is in the cache
-    assert requests == [] and "'judge_calls': 0" in output
-    assert verdict_of(output) == "train with it"
+    assert len(requests) == paid_in(output) == 2
+    assert recommendation_of(output).startswith("train with")
 
 
 def test_a_first_verdict_takes_at_most_100_calls(tiny, judge, tmp_path, capsys):
@@ -397,8 +392,13 @@ def test_a_first_verdict_takes_at_most_100_calls(tiny, judge, tmp_path, capsys):
     for method in ("process", "outcome"):
         run_calibrate([*flags, "--method", method, "--model", str(tiny / "base")])
         output = capsys.readouterr().out
-        assert 80 < int(re.search(r"up to ([\d,]+) calls", output)[1]) <= 100
-        assert verdict_of(output) == "train with it"
+        assert 80 < planned_in(output) <= 102
+        assert recommendation_of(output).startswith("train with")
+
+
+def boxed(text):
+    """The value in the box of a toy completion."""
+    return re.findall(r"\\boxed\{(\d\d)\}", text)[-1]
 
 
 def test_sampled_completions(calibrate, tiny, tmp_path):
@@ -415,13 +415,13 @@ def test_sampled_completions(calibrate, tiny, tmp_path):
 
     _, before = run()
     assert len(before) == 6
-    rows[1]["answer"] = exprl.last_boxed(before[2]["text"])  # so it is right after all
+    rows[1]["answer"] = boxed(before[2]["text"])  # so it is correct after all
     assert re.fullmatch(r"\d\d", rows[1]["answer"])
     output, after = run()
     assert [r["text"] for r in after] == [r["text"] for r in before]
     answers = [row["answer"] for row in rows for _ in range(2)]
     for r, answer in zip(after, answers, strict=True):
-        is_right = exprl.last_boxed(r["text"]) == answer
+        is_right = boxed(r["text"]) == answer
         assert r["correct"] == is_right
         assert (r["attempt"] == after[2]["attempt"]) == is_right  # a line of the table for each
     assert after[2]["correct"] and row_of(output, after[2]["attempt"])[0] == "3.00"
@@ -432,24 +432,15 @@ def test_sampled_completions(calibrate, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("rows, message", [
-    (ROWS[:1], "give two problems or more"),
-    (ROWS[:2], "give more problems"),
-    ([ROWS[0], {"question": "Why?", "answer": "2"}], "line 2: has no reference"),
+    (ROWS[:1], "two problems"),
+    (ROWS[:2], "--problems is too small"),
+    ([ROWS[0], {"question": "Why?", "answer": "2"}], "line 2 .*no reference"),
 ])  # fmt: skip
 def test_what_is_missing_is_said_before_any_call(calibrate, tmp_path, rows, message):
-    asked = []
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match=message) as stopped:
-        calibrate(lambda *_: asked.append(1), tmp_path / "bad.jsonl")
-    assert "\n" not in str(stopped.value) and not asked
-
-
-def test_no_judge(tmp_path, no_key):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    files = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="no judge: set OPENAI_API_KEY"):
-        run_calibrate(files)
-    assert not (tmp_path / "out").exists()
+        calibrate(perfect, tmp_path / "bad.jsonl")
+    assert "\n" not in str(stopped.value) and not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------

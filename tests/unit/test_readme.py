@@ -1,288 +1,193 @@
-"""The README and its pages: their commands are run, anchors, tables and examples are right.
+"""Facts on the pages: commands parse, links and names lead somewhere, and numbers are computed."""
 
-The commands run as they stand there, with flags added that make them small, in a folder where a toy
-model is called Qwen2.5-0.5B and toy problems openai/gsm8k, and with the toy judge for the API's.
-"""
-
-import json
+import argparse
 import re
+import runpy
 import shlex
-import shutil
+import subprocess
+import sys
 
-import assignment
-import baselines
-import benchmark
-import calibrate
-import judge_eval
 import pytest
-import report
-import test_assignment
-import test_compare
-import test_faults
-import test_trl_example
-import test_walkthrough
-import torch
-import toy_world
-from conftest import ROOT, read
+from conftest import ROOT, TESTS, read
+from transformers import HfArgumentParser
 
 import exprl
-import judge_prompts
 
-PATHS = [
-    ROOT / "README.md",
-    *(ROOT / "tests" / f"{n}.md" for n in ("comparison", "gpu", "teaching")),
-]
-PAGES = {path: path.read_text(encoding="utf-8") for path in PATHS}
-README = PAGES[ROOT / "README.md"]
-SMALL = {
-    "train": "--steps 1 --prompts-per-step 2 --group-size 2 --max-new-tokens 60",
-    "eval": "--problems 4 --samples 2 --max-new-tokens 60",
-    "calibrate": "--problems 3 --samples 2 --max-new-tokens 60",
-    "benchmark": "--group 2 --micro-batch 2 --prompt-length 8 --length 4 --steps 1 --repeats 1",
-}
-ELSEWHERE = {  # command: the test that runs it
-    "bash train_small.sh": test_walkthrough.test_the_readme_s_first_command,
-    "bash train_small.sh Qwen2.5-0.5B": test_walkthrough.test_the_recipe_on_a_model_of_one_s_own,
-    "bash train_small.sh compare": test_compare.test_killed_and_started_again_it_does_only_the_rest,
-    "bash tests/run.sh": None,  # this is it
-    "python tests/soak.py": test_faults.test_faults_and_kills_change_no_bit,
-    'JUDGE_MODEL=toy-judge-lies-20 RUNS=runs/lies SYSTEMS="outcome process-delta process-end '
-    'process-group" bash train_small.sh compare': test_compare.test_the_judge_is_the_one_asked_for,
-    'SEEDS="1 2 3 4 5 6 7 8" SYSTEMS="sparse outcome process-delta process-group" '
-    "RUNS=runs/eight-seeds bash train_small.sh compare": None,  # as the two above
-    'LENGTH=8 SEEDS="1 2 3" SYSTEMS="sparse outcome process-delta process-group" '
-    "RUNS=runs/eight bash train_small.sh compare": None,
-    "python tests/assignment.py grade assignment --out grades.csv": test_assignment.graded,
-    "accelerate launch --num_processes 2 tests/trl_example.py --model Qwen2.5-0.5B --method "
-    "process": test_trl_example.test_pass_at_1_rises_on_two_processes,
-}
-PROGRAMS = (
-    "vllm ",
-    "ollama ",
-    "OLLAMA_",
-    "llama-server ",
-    "transformers ",
-    "pip ",
-    "trl ",
-    "accelerate config",
-)  # not ours
-OURS = ("python", "bash", "export", "accelerate ", "SEEDS=", "LENGTH=", "JUDGE_MODEL=")
-COMMAND = re.compile("|".join(map(re.escape, (*OURS, *PROGRAMS))))
+README = ROOT / "README.md"
+COURSE = TESTS / "course" / "README.md"
+FAULTS = TESTS / "docs" / "faults.md"
+PATHS = [README, COURSE, *sorted((TESTS / "docs").glob("*.md"))]
+PAGES = {path: path.read_text() for path in PATHS}
+SCRIPT = (ROOT / "train_small.sh").read_text()
+OTHERS = ("vllm ", "ollama ", "OLLAMA_", "llama-server ", "transformers ", "trl ", "source ", "rm ")
+OTHERS += ("accelerate config", "export ")  # commands that are not ours
+OTHER_FLAGS = {"--multi_gpu", "--num_processes", "--max-model-len", "--index-url"}
 
 
-def find_commands() -> list[str]:
-    """What stands in the README as a command, in order: lines of blocks, and in backquotes."""
+# ---- Commands ------------------------------------------------------------------------------------
+def find_commands(text):
+    """Return what looks like a command on a page: lines of blocks, and code between backquotes."""
     found = []
-    for block, inline in re.findall(
-        r"^ *```\n(.*?)^ *```$|`([^`\n]+)`", "\n".join(PAGES.values()), re.DOTALL | re.MULTILINE
-    ):
-        lines = map(str.strip, block.splitlines() if block else [inline])
-        found += [line for line in lines if COMMAND.match(line) and " " in line]
+    pattern = r"^ *```\n(.*?)^ *```$|`([^`\n]+)`"
+    for block, inline in re.findall(pattern, text, re.DOTALL | re.MULTILINE):
+        for line in map(str.strip, (block or inline).split("\n")):
+            if re.match(r"(\w+=\S* *)*(python|bash|accelerate|pip) |[A-Z]\w*=", line):
+                found.append(line)
     return found
 
 
-COMMANDS = find_commands()
+COMMANDS = sorted({command for text in PAGES.values() for command in find_commands(text)})
+COMMANDS += find_commands(f"```\n{exprl.__doc__}```\n")
 
 
-@pytest.fixture(scope="module")
-def place(tiny, judge, tmp_path_factory):
-    """The folder in which the README's commands run."""
-    place = tmp_path_factory.mktemp("place")
-    shutil.copytree(tiny / "base", place / "Qwen2.5-0.5B")
-    hub = place / "openai" / "gsm8k"
-    hub.mkdir(parents=True)
-    splits = "\n".join(f"  - split: {s}\n    path: {s}.jsonl" for s in ("train", "test"))
-    (hub / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: main\n  data_files:\n{splits}\n---\n"
-    )
-    for name, file in (("train", "train.jsonl"), ("test", "heldout.jsonl")):
-        rows = [
-            {"question": r["question"], "answer": f"{r['reference']}\n#### {r['answer']}"}
-            for r in read(tiny / file)
-        ]
-        (hub / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = read(tiny / "train.jsonl")[:6]
-    for name in ("my.jsonl", "mixed.jsonl"):
-        (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    toy = place / "runs" / "toy"
-    shutil.copytree(tiny / "base", toy / "process" / "final")
-    shutil.copy(tiny / "heldout.jsonl", toy)
-    return place
+class Parsed(BaseException):
+    """Raised where a program has parsed its flags, so that it does nothing else."""
 
 
-def test_every_command_is_known():
-    assert len(COMMANDS) > 25 and {*ELSEWHERE} <= {*COMMANDS}
-    for command in COMMANDS:
-        is_run = command.startswith(("python exprl.py ", "python tests/", "export "))
-        assert is_run or command in ELSEWHERE or command.startswith(PROGRAMS), command
-    for command in re.findall(r"python exprl\.py ([^`#\n]+)", exprl.__doc__):
-        name, *flags = shlex.split(command)
-        kind = exprl.EvalSettings if name == "eval" else exprl.TrainSettings
-        exprl.read_flags(kind, flags if name == "eval" else [name, *flags], "")
+def check_flags(monkeypatch, program, arguments):
+    """Start a program with these arguments, in this process, until it has parsed them.
+
+    A wrong flag, choice or subcommand ends the program with a SystemExit of status 2.
+    """
+
+    def stop_after(original):
+        def parse(*args, **kwargs):
+            original(*args, **kwargs)
+            raise Parsed
+
+        return parse
+
+    monkeypatch.chdir(ROOT)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])
+        patch.setattr(sys, "argv", [program, *arguments])
+        for parser, name in (
+            (argparse.ArgumentParser, "parse_args"),
+            (HfArgumentParser, "parse_args_into_dataclasses"),
+        ):
+            patch.setattr(parser, name, stop_after(getattr(parser, name)))
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except Parsed:
+            return
+        except SystemExit as end:
+            assert end.code in (0, None) and "--help" in arguments, (program, arguments, end)
+            return
+    raise AssertionError(f"{program} never parsed its flags")
 
 
-def run(command: str, judge) -> None:
-    """One command of the README, in this process, with small numbers."""
-    command = re.sub(r"http://127\.0\.0\.1:\d+/v1", judge.url, command)
-    command = command.replace('"$(cat judge.url)"', judge.url)
-    script, *argv = shlex.split(command)[1:]
-    if script == "tests/assignment.py":
-        assignment.main(argv)
-    elif script == "tests/report.py":
-        report.main(argv)
-    elif script == "tests/calibrate.py":
-        argv += shlex.split(SMALL["calibrate"])
-        exprl.run_command(calibrate.calibrate, calibrate.CalibrateSettings, argv, "")
-    elif script == "tests/benchmark.py":
-        argv += shlex.split(SMALL["benchmark"])
-        exprl.run_command(benchmark.benchmark, benchmark.BenchmarkSettings, argv, "")
-    elif script == "tests/judge_eval.py":
-        exprl.run_command(judge_eval.judge_eval, judge_eval.JudgeEvalSettings, argv, "")
-    elif script == "tests/baselines.py":
-        argv += shlex.split(SMALL["train"])
-        exprl.run_command(baselines.train, baselines.BaselineSettings, argv, "")
-    elif script == "exprl.py" and "--help" in argv:
-        with pytest.raises(SystemExit):
-            exprl.main(argv)
-    elif script == "exprl.py":
-        exprl.main(argv + shlex.split(SMALL["eval" if argv[0] == "eval" else "train"]))
-    else:
-        assert command == "python tests/toy_world.py judge --url-file judge.url &"
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_a_page_parses(command, monkeypatch):
+    if command.startswith(OTHERS):
+        pytest.skip("not a program of ours")
+    words = shlex.split(command, comments=True)
+    while re.fullmatch(r"[A-Z]\w*=.*", words[0], re.DOTALL):  # VARIABLE=value before the command
+        variable, words = words[0].split("=")[0], words[1:]
+        assert re.search(rf"\$\{{{variable}\b", SCRIPT), f"train_small.sh does not use {variable}"
+    if words[0] == "pip":
+        files = [words[i + 1] for i, word in enumerate(words) if word == "-r"]
+        assert all((ROOT / file).exists() for file in files), files
+        return
+    if words[0] == "accelerate":
+        pytest.importorskip("trl")
+        words = words[words.index("2") :]
+    script, arguments = words[1], [word for word in words[2:] if word != "&"]
+    assert (ROOT / script).exists(), script
+    if script.endswith(".sh"):
+        assert arguments in ([], ["compare"], ["Qwen2.5-0.5B"])
+        return
+    check_flags(monkeypatch, script, arguments)
 
 
-def test_the_commands_run_in_the_order_of_the_page(place, judge, monkeypatch, capsys):
-    """A later one reads what an earlier one wrote."""
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OPENAI_API_KEY", "...")
-    monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
-    ran = []
-    for command in COMMANDS:
-        if command in ELSEWHERE or not command.startswith("python ") or command in ran:
-            continue
-        run(command, judge)
-        ran.append(command)
-    assert len(ran) > 20
-    made = [
-        f"runs/Qwen2.5-0.5B-{m}" for m in ("process", "outcome", "process-sparse", "sft", "distill")
-    ]
-    for name in (*made, "runs/group", "runs/none", "runs/prefix", "runs/quotes", "runs/mixed"):
-        assert (place / name / "final" / "config.json").exists(), name
-        for row in read(place / name / "metrics.jsonl"):
-            assert row["step"] == 1
-    for name in ("hard.jsonl", "report.html", "curves.png", "assignment/exprl.py"):
-        assert (place / name).stat().st_size > 0, name
-    assert "verdict: " in capsys.readouterr().out
+def test_the_pages_have_their_commands():
+    """The pattern that finds commands still finds them."""
+    programs = {word for command in COMMANDS for word in command.split() if word.endswith(".py")}
+    assert {"exprl.py", "tests/tools/evaluate.py", "tests/tools/report.py"} <= programs
+    assert len(COMMANDS) > 20
 
 
-def test_what_the_page_says_a_run_writes_is_there(train, tmp_path):
-    run = train(tmp_path / "run")
-    table = README[README.index("## What a run writes") : README.index("## When something")]
-    names = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
-    assert "checkpoint.pt" in names
-    for name in set(names) - {"eval-NNNNNN.jsonl"}:
-        assert (run / name).exists(), name
+def test_flags_that_the_pages_name_exist():
+    flags = set(OTHER_FLAGS)
+    for path in [ROOT / "exprl.py", *TESTS.rglob("*.py")]:
+        source = path.read_text()
+        fields = re.findall(r"^    (\w+): .*= option\(", source, re.MULTILINE)
+        flags |= {f"--{name.replace('_', '-')}" for name in fields}
+        flags |= set(re.findall(r'"(--[\w-]+)"', source))
+    named = set()
+    for page in {*PAGES} - {FAULTS}:  # that page shows wrong flags on purpose
+        for code in re.findall(r"`([^`\n]+)`", PAGES[page]):
+            if not code.startswith(OTHERS):
+                named |= set(re.findall(r"(?<!\S)--[\w-]+", code))
+    assert len(named) > 20 and named <= flags, named - flags
 
 
-def test_metrics_that_the_page_names_are_logged(train, tmp_path):
-    part = README[README.index("## When something") : README.index("## The whole comparison")]
-    named = {*re.findall(r"`(\w+)`", part)} - {
-        "outcome",
-        "sparse",
-        "calibrate",
-        "text",
-        "answer",
-        "judge_words",
-    }
-    logged = {*read(train(tmp_path / "run") / "metrics.jsonl")[0]}
-    assert named <= logged and {"grad_norm", "seconds_judge", "cut"} <= named
+def test_shell_scripts_have_no_syntax_error():
+    for path in [ROOT / "train_small.sh", *TESTS.glob("*.sh")]:
+        subprocess.run(["bash", "-n", path], check=True)
 
 
-def test_line_anchors_lead_to_what_they_name():
-    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(links) > 15
-    for name, file, line in links:
-        text = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
-        assert re.match(rf"(def|class) {name}\b|{name}\b.* = ", text), f"{file}:{line} is {text!r}"
+# ---- Links, files and names ----------------------------------------------------------------------
+def headings(text):
+    """Return the anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-def test_links_lead_to_files_that_are_there():
-    anchors = {}
-    for page, text in PAGES.items():
-        titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        anchors[page] = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
-    for page, text in PAGES.items():
-        for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
-            path, _, anchor = link.partition("#")
-            target = (page.parent / path).resolve() if path else page
-            assert target.exists(), (page.name, link)
-            assert target not in anchors or not anchor or anchor in anchors[target], link
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page]):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target.read_text()), link
 
 
-def test_the_readme_is_short_and_its_first_screen_has_what_counts():
-    lines = README.splitlines()
-    assert len(lines) <= 250
-    first = "\n".join(lines[:40])
-    for words in ("bash train_small.sh", "(.assets/method.svg)", "| stage 1: ExpRL", "| control:"):
-        assert words in first, words
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_names_of_a_page_exist(page):
+    text = PAGES[page]
+    for name in re.findall(r"`((?:tests/)?[\w/]+\.(?:py|sh))`", text):
+        folders = [ROOT, page.parent, *TESTS.iterdir()]
+        assert any((folder / name).exists() for folder in folders), name
+    for name, file in re.findall(r"\[`(\w+)`\]\(([\w/.]+\.py)\)", text):
+        source = (page.parent / file).read_text()
+        assert re.search(rf"^(def|class) {name}\b|^{name} = ", source, re.MULTILINE), name
 
 
+def test_commands_in_docstrings_name_files_that_exist():
+    for path in [ROOT / "exprl.py", ROOT / "judge_prompts.py", *TESTS.rglob("*.py")]:
+        for name in re.findall(r"^ *(?:python|bash) ([\w/]+\.(?:py|sh))", path.read_text(), re.M):
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_no_path_of_one_machine(page):
+    assert not re.search(r"(?<![\w.])/(work|tmp|home|root|Users|mnt)/", PAGES[page])
+
+
+def test_a_run_writes_what_the_readme_says(train, tmp_path):
+    run = train(tmp_path / "runs" / "run")
+    part = README.read_text().split("## What a run writes")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", part, re.MULTILINE))
+    assert {*rows} == {f"{path.name}{'/' * path.is_dir()}" for path in run.iterdir()}
+    assert (run.parent / "judge_cache.jsonl").exists()
+    logged = {*read(run / "metrics.jsonl")[0]} - {"iteration"}
+    assert {*re.findall(r"`(\w+)`", rows["metrics.jsonl"])} == logged
+
+
+# ---- Numbers -------------------------------------------------------------------------------------
 def test_the_worked_example_is_what_the_functions_give():
-    rows = re.findall(
-        r"^\| ([ab])\d \| .*? \| (\d) \| (\S+) \| .*? \| (\S+) \|", README, re.MULTILINE
-    )
+    text = README.read_text()
+    pattern = r"^\| ([ab])\d \| .*? \| (\d) \| (\S+) \| .*? \| (\S+) \|"
+    rows = re.findall(pattern, text, re.MULTILINE)
     assert len(rows) == 4
     rewards = [[(int(k) - 1) / 4 for name, k, *_ in rows if name == c] for c in "ab"]
-    shown = [[float(s) for name, _, s, _ in rows if name == c] for c in "ab"]
-    assert rewards == shown
+    assert rewards == [[float(s) for name, _, s, _ in rows if name == c] for c in "ab"]
     given = [[float(a) for name, *_, a in rows if name == c] for c in "ab"]
     assert exprl.step_advantages(rewards, "delta") == given
-    scores = [
-        (int(k) - 1) / 4 for k in re.search(r"with scores (\d) and (\d) for", README).groups()
-    ]
-    outcome = exprl.group_advantages(torch.tensor(scores), torch.tensor([True, True]), 2)
-    a, b = re.search(r"of a get (\S+) and all of b (\S+),", README).groups()
-    assert [float(a), float(b)] == pytest.approx(outcome.tolist(), abs=0.005)
+    a, b = exprl.group_advantages([(5 - 1) / 4, (2 - 1) / 4])  # the scores of Outcome in the text
+    assert f"{a:+.2f}".replace("0.", ".") in text and f"{b:+.2f}".replace("0.", ".") in text
 
 
-def test_numbers_of_the_assignment_are_those_of_its_code():
-    wrong = sum(map(len, test_assignment.mutants.MUTANTS.values()))
-    right = sum(map(len, test_assignment.mutants.CORRECT.values()))
-    n, points = len(assignment.FUNCTIONS), sum(f.points for f in assignment.FUNCTIONS)
-    text = " ".join(PAGES[ROOT / "tests" / "teaching.md"].split())
-    for words in (
-        f"with the bodies of {n} functions taken out",
-        f"six problems, {points} points by the grader",
-        f"{wrong} wrong but plausible versions of the {n} functions",
-        f"{right} other correct ones",
-    ):
-        assert words in text, words
-    assert len(assignment.PROBLEMS) == 6
-
-
-def test_the_toy_judge_that_lies_lies_as_often_as_its_name_says():
-    row = toy_world.make_row(29, ["*3", "+7", "+7", "*3", "*3", "+7"])
-    right, asked = toy_world.write_trace(row["question"], toy_world.apply), 400
-    steps = re.split(r"^(?=### )", right, flags=re.MULTILINE)[1:]
-    lies = {"together": 0, "outcome": 0}
-    for i in range(asked):
-        record = row | {"domain": "math", "question": row["question"]}
-        for kind, texts in (("together", steps), ("outcome", [right])):
-            fenced = judge_prompts.fence(texts)
-            messages = judge_prompts.judge_messages(kind, record, f"- a\n- {i}", fenced)
-            honest, *others = (
-                toy_world.answer({"messages": messages, "model": f"toy-judge{name}"})
-                for name in ("", "-lies-0", "-lies-20", "-lies-20", "-lies-100")
-            )
-            assert honest == others[0] and others[1] == others[2]  # asked again, it says the same
-            scores = [re.findall(r": ([1-5])$", text, re.MULTILINE) for text in (honest, *others)]
-            assert set(scores[0]) == {"5"} and set(scores[-1]) == {"1"}
-            lies[kind] += scores[2].count("1") / len(scores[2])
-    for share in lies.values():
-        assert share / asked == pytest.approx(0.2, abs=0.06)
-
-
-# ---- Memory --------------------------------------------------------------------------------------
 MODELS = {  # parameters, layers, width, MLP width, key-value heads x their width, vocabulary
     "SmolLM2-135M": (134.5e6, 30, 576, 1536, 192, 49152),
     "Qwen2.5-0.5B": (494e6, 24, 896, 4864, 128, 151936),
@@ -291,25 +196,33 @@ MODELS = {  # parameters, layers, width, MLP width, key-value heads x their widt
 }
 
 
-def memory(N, L, h, f, k, V, B, T, P=200, S=64) -> float:
-    """The page's formula, in GB: the larger of training and sampling."""
-    activations = L * B * (P + T) * (34 * h + 8 * f + 2 * (P + T))
-    logits = T * V * (2 * (2 * B - 1) + 12)
-    training = 22 * N + activations + logits
-    sampling = 18 * N + S * (8 * L * k * (P + T) + 16 * V)
+def memory(N, L, h, f, k, V, B, T, P=200, S=64):
+    """Return the peak in GB by the formula of tests/docs/gpu.md."""
+    forward = L * ((P + B * T) * (34 * h + 8 * f) + B * (P + T) * (8 * k + 2 * T))
+    forward += T * V * (6 * B + 8)
+    backward = 2 * N + L * P * (34 * h + 8 * f)
+    training = 22 * N + max(forward, backward)
+    sampling = 18 * N + S * (8 * L * k * (P + T) + 28 * V)
     return max(training, sampling) / 1e9
 
 
-def memory_table() -> str:
-    """The page's rows."""
-    rows = []
-    for name, shape in MODELS.items():
-        cells = [
-            " / ".join(f"{memory(*shape, B, T):.1f}" for B in (4, 1)) for T in (512, 1024, 2048)
-        ]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_memory_table_is_what_the_formula_gives(name):
+    cells = []
+    for T in (512, 1024, 2048):
+        four, one = (memory(*MODELS[name], B, T) for B in (4, 1))
+        cells.append(f"{four:.1f} / {one:.1f}")
+    assert f"| {name} | {' | '.join(cells)} |" in PAGES[TESTS / "docs" / "gpu.md"]
 
 
-def test_the_memory_table_is_what_the_formula_gives():
-    assert memory_table() in PAGES[ROOT / "tests" / "gpu.md"]
+def test_the_number_of_judge_calls_follows_from_the_defaults():
+    training = exprl.TrainingSettings(model="any")
+    problems = training.iterations * training.prompts_per_iteration
+    calls = problems * (training.group_size + 1)
+    assert f"{calls:,}" in PAGES[TESTS / "docs" / "gpu.md"]
+    assert exprl.JudgeSettings().judge_model in PAGES[README]
+
+
+def test_the_readme_names_the_required_version_of_torch():
+    [package] = re.findall(r"pip install (torch==\S+)", PAGES[README])
+    assert package in (ROOT / "requirements.txt").read_text().split()

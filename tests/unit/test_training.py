@@ -1,901 +1,812 @@
-"""Runs on the toy world: what is trained, written, kept, resumed and evaluated, or refused."""
+"""The update, the advantages of a batch, and whole runs on the toy world."""
 
+import contextlib
 import copy
+import gc
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import fields
-from types import SimpleNamespace
 
 import pytest
 import torch
 import toy_world
-from conftest import TESTS, read, sample_with, steps_of, train_command, weights_of
+from conftest import ROOT, SETTINGS, iterations_of, read, train_command, weights_of
 from transformers import LlamaForCausalLM
 
 import exprl
-import judge_prompts
 
 # ---- The update ----------------------------------------------------------------------------------
 
 
-def make_completion(length, prompt_length, rewards, seed):
+def make_completion(prompt_ids, length, seed):
+    """A completion of random tokens in two steps."""
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 40, (length + prompt_length,), generator=draw).tolist()
+    ids = torch.randint(3, 40, (length,), generator=draw).tolist()
     steps = [(0, length // 2), (length // 2, length)]
-    row = {"prompt_ids": ids[:prompt_length], "question": "", "reference": "", "answer": ""}
-    c = exprl.Completion(row, ids[prompt_length:], "", False, False, steps, ["", ""])
-    c.rewards, c.advantages = rewards, exprl.step_advantages([rewards or []], "delta")[0]
-    return c
+    return exprl.Completion({}, "", ["", ""], steps, None, False, prompt_ids, ids)
 
 
-BATCH = [
-    (9, 3, [0.0, 1.0]),
-    (4, 7, [1.0, 0.5]),
-    (12, 5, [0.25, 0.5]),
-    (2, 2, [0.0, 0.75]),
-    (7, 4, [1.0, 0.0]),
-]
-SETTINGS = {
-    "method": "process",
-    "model": "",
-    "updates_per_batch": 1,
-    "temperature": 0.7,
-    "clip_low": 0.2,
-    "clip_high": 0.28,
-    "kl": 0.0,
-    "micro_batch": 8,
-}
+def make_batch():
+    """Three completions of one prompt and two of another, with their advantages."""
+    prompts = [[5, 6, 7]] * 3 + [[8, 9, 10, 11, 12]] * 2
+    lengths = [9, 4, 12, 2, 7]
+    completions = [make_completion(p, n, n) for p, n in zip(prompts, lengths, strict=True)]
+    return completions, [[-1.0, 1.0], [0.5, -0.5], [0.25], [0.0, 0.75], [-1.0, 0.0]]
 
 
-def update(model, completions, reference=None, loss_of=exprl.grpo_loss, **changes):
-    """The weights after one update by plain gradient descent, as one vector, and its metrics."""
+def make_training(**changes):
+    return exprl.TrainingSettings(**{"model": "", "kl": 0.0} | changes)
+
+
+def flat(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def update(model, completions, advantages, initial=None, lr=0.1, **changes):
+    """Return the weights after one update by plain gradient descent, and the metrics."""
     model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    args = SimpleNamespace(**SETTINGS | changes)
-    if reference:
-        exprl.fill_reference(reference, completions, args)
-    metrics = exprl.update(model, optimizer, completions, args, loss_of)
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
+    training = make_training(**changes)
+    batches = exprl.make_micro_batches(completions, training.micro_batch, "cpu")
+    if initial:
+        exprl.add_initial_logprobs(initial, batches)
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    metrics = exprl.update(model, optimizer, batches, advantages, training)
+    return flat(model), metrics
 
 
-def batch():
-    return [make_completion(*shape, seed=i) for i, shape in enumerate(BATCH)]
+def plain_logprobs(model, completion):
+    """The log-probs of a completion's tokens, from one forward pass over one sequence."""
+    sequence = torch.tensor([completion.prompt_ids + completion.ids])
+    logits = model(sequence).logits[0, len(completion.prompt_ids) - 1 : -1]
+    logp = (logits / model.generation_config.temperature).log_softmax(-1)
+    return logp.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
 
 
-def plain_update(model, loss_of, updates):
-    """The weights after these updates on a loss that is computed one completion at a time, without
-    padding, and the last loss."""
+def plain_update(model, completions, advantages, initial, lr, **changes):
+    """What `update` does, written for one completion at a time, without padding and masks."""
     model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for _ in range(updates):
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
+    training = make_training(**changes)
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    judged = [c for c, values in zip(completions, advantages, strict=True) if values is not None]
+    n_tokens = sum(len(c.ids) for c in judged)
+    with torch.no_grad():
+        old = [plain_logprobs(model, c) for c in completions]
+        first = [plain_logprobs(initial, c) for c in completions]
+    for _ in range(training.optimizer_steps):
+        total = 0.0
+        for c, values, logp_old, logp_initial in zip(
+            completions, advantages, old, first, strict=True
+        ):
+            if values is None:
+                continue
+            border = c.steps[0][1]
+            A = torch.tensor([values[0]] * border + [values[-1]] * (len(c.ids) - border))
+            logp = plain_logprobs(model, c)
+            ratio = (logp - logp_old).exp()
+            clipped = ratio.clamp(1 - training.clip_low, 1 + training.clip_high)
+            log_r = logp_initial - logp
+            loss = -torch.minimum(ratio * A, clipped * A)
+            total += (loss + training.kl * (log_r.exp() - 1 - log_r)).sum()
+        (total / n_tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), loss.item()
+        optimizer.zero_grad()
+    return flat(model)
 
 
-def plain_logits(model, prompt, ids):
-    """(T, V) logits of the completion's tokens, of one forward pass over one sequence."""
-    return model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+@pytest.fixture
+def initial(model):
+    """Another random model, as the initial policy."""
+    torch.manual_seed(1)
+    initial = LlamaForCausalLM(model.config).eval().requires_grad_(False)
+    initial.generation_config.temperature = model.generation_config.temperature
+    return initial
 
 
-def test_the_update_does_not_depend_on_the_micro_batch(model):
-    whole, one = update(model, batch()), update(model, batch(), micro_batch=1)
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert (whole[0] - start).norm() > 1e-3
-    assert torch.allclose(whole[0], one[0], atol=1e-6)
-    assert one[1] == pytest.approx(whole[1], abs=1e-5, nan_ok=True)
+@pytest.mark.parametrize("optimizer_steps", [1, 3])
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_the_update_is_that_of_a_plain_loop(model, initial, micro_batch, optimizer_steps):
+    """This tests the masks, the one denominator, the old log-probs, the clipping and the KL."""
+    completions, advantages = make_batch()
+    advantages[1] = None  # the judge failed
+    changes = {"optimizer_steps": optimizer_steps, "kl": 0.5, "clip_low": 0.02, "clip_high": 0.03}
+    plain = plain_update(model, completions, advantages, initial, 1.0, **changes)
+    ours, _ = update(
+        model, completions, advantages, initial, 1.0, micro_batch=micro_batch, **changes
+    )
+    assert (plain - flat(model)).norm() > 0.1
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+    if optimizer_steps > 1:  # otherwise no ratio differs from 1, and nothing can be clipped
+        wide = changes | {"clip_low": 0.9, "clip_high": 9.0}
+        assert not torch.allclose(
+            update(model, completions, advantages, initial, 1.0, **wide)[0], plain, atol=1e-3
+        )
 
 
-def test_a_completion_that_failed_is_not_in_the_loss(model):
-    failed = make_completion(30, 5, None, seed=99)
-    assert torch.equal(update(model, [failed, *batch()])[0], update(model, batch())[0])
+def test_neither_weights_nor_metrics_depend_on_the_micro_batch(model, initial):
+    whole, metrics = update(model, *make_batch(), initial, micro_batch=8, kl=0.5)
+    singly, same = update(model, *make_batch(), initial, micro_batch=1, kl=0.5)
+    torch.testing.assert_close(singly, whole, atol=1e-6, rtol=1e-4)
+    assert same == pytest.approx(metrics, rel=1e-4)
+
+
+@pytest.mark.parametrize("failed", [[0], [1, 4], [3, 4]])
+@pytest.mark.parametrize("micro_batch", [1, 8])
+def test_a_completion_that_the_judge_failed_on_is_in_no_loss(model, initial, failed, micro_batch):
+    """The result is that without the completion, with a KL penalty too."""
+    completions, advantages = make_batch()
+    kept = [i for i in range(5) if i not in failed]
+    without = [completions[i] for i in kept], [advantages[i] for i in kept]
+    for i in failed:
+        advantages[i] = None
+    settings = {"kl": 0.5, "micro_batch": micro_batch, "optimizer_steps": 2}
+    weights, metrics = update(model, completions, advantages, initial, **settings)
+    expected, expected_metrics = update(model, *without, initial, **settings)
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-4)
+    assert metrics == pytest.approx(expected_metrics, rel=1e-4)
 
 
 def test_a_good_step_becomes_likelier_and_a_bad_one_less_likely(model):
-    c = make_completion(10, 3, [0.0, 1.0], seed=1)  # advantages -1 and 1
-    ids = torch.tensor([c.row["prompt_ids"] + c.ids])
-
-    def logp(m):
-        with torch.no_grad():
-            return exprl.token_logprobs(m, ids, torch.ones_like(ids), 10, 0.7)[0]
-
+    completion = make_completion([5, 6, 7], 10, seed=1)
     after = copy.deepcopy(model)
-    args = SimpleNamespace(**SETTINGS)
-    exprl.update(after, torch.optim.SGD(after.parameters(), 0.1), [c], args)
-    change = logp(after) - logp(model)
+    batches = exprl.make_micro_batches([completion], 4, "cpu")
+    optimizer = torch.optim.SGD(after.parameters(), 0.1)
+    exprl.update(after, optimizer, batches, [[-1.0, 1.0]], make_training())
+    change = plain_logprobs(after, completion) - plain_logprobs(model, completion)
     assert change[:5].sum() < 0 < change[5:].sum()
 
 
-def test_the_first_update_is_on_policy_and_the_second_is_clipped(model):
-    _, once = update(model, batch())
-    assert once["ratio"] == pytest.approx(1, abs=1e-6) and once["clip_fraction"] == 0
-    _, often = update(model, batch(), updates_per_batch=8, clip_low=1e-4, clip_high=1e-4)
-    assert often["clip_fraction"] > 0.3
-
-
-def test_the_kl_pulls_towards_the_reference(model):
-    torch.manual_seed(1)
-    reference = LlamaForCausalLM(model.config).eval().requires_grad_(False)
-    completions = batch()
-    for c in completions:
-        c.advantages = [0.0, 0.0]
-    before = update(model, completions, reference)[1]["kl"]
-    moved = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(moved.parameters(), 0.3)
-    args = SimpleNamespace(**SETTINGS | {"kl": 1.0, "updates_per_batch": 5})
-    after = exprl.update(moved, optimizer, completions, args)["kl"]
+def test_the_kl_pulls_towards_the_initial_policy(model, initial):
+    completions, _ = make_batch()
+    silent = [[0.0]] * 5
+    before = update(model, completions, silent, initial, kl=1.0)[1]["kl"]
+    after = update(model, completions, silent, initial, 0.3, kl=1.0, optimizer_steps=6)[1]["kl"]
     assert 0 < after < 0.95 * before
 
 
-def test_entropy_is_that_of_the_samples(model):
-    _, metrics = update(model, batch())
-    total, count = 0.0, 0
-    for c in batch():
-        ids = torch.tensor([c.row["prompt_ids"] + c.ids])
-        total -= (
-            exprl.token_logprobs(model, ids, torch.ones_like(ids), len(c.ids), 0.7).sum().item()
-        )
-        count += len(c.ids)
-    assert metrics["entropy"] == pytest.approx(total / count, rel=1e-4)
+def test_the_kl_of_the_initial_policy_itself_is_0_and_is_logged(model):
+    _, metrics = update(model, *make_batch(), model, kl=1.0)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-9)
 
 
-def groups():
-    """Two prompts, three completions of each; the second of each has no advantage."""
+def test_entropy_is_the_mean_over_the_sampled_tokens(model):
+    completions, advantages = make_batch()
+    _, metrics = update(model, completions, advantages, optimizer_steps=2)
+    with torch.no_grad():
+        logp = torch.cat([plain_logprobs(model, c) for c in completions])
+    assert metrics["entropy"] == pytest.approx(-logp.mean().item(), rel=1e-4)
+
+
+def test_the_gradient_is_finite_where_a_padded_token_is_next_to_impossible(model, initial):
+    """exp(logp_initial - logp) overflows float32 where the padded token's log-prob is below -88.
+
+    The second completion is padded with token 0. The policy's logits are so large that it almost
+    never writes this token. The initial policy is uniform. The sampled tokens are the policy's
+    favourites, so their own terms are small. `mask_late` shows that this case is a trap: code that
+    exponentiates first and masks the padding afterwards gets inf * 0 = NaN in its gradient.
+    """
+    with torch.no_grad():
+        model.lm_head.weight *= 30
+        initial.lm_head.weight *= 0
+    model.generation_config.temperature = initial.generation_config.temperature = 0.02
     completions = []
-    for i in range(6):
-        rewards = [0.5, 0.5] if i % 3 == 1 else [0.25 * i, 0.0]
-        completions.append(make_completion(5 + 2 * i, 4 + i // 3, rewards, seed=i // 3))
-        completions[-1].ids = make_completion(5 + 2 * i, 1, None, seed=10 + i).ids
-    assert completions[0].row["prompt_ids"] == completions[2].row["prompt_ids"]
-    assert [any(c.advantages) for c in completions] == [False, False, True, True, False, True]
-    return completions
+    for length in (12, 4):
+        completion = make_completion([5, 6, 7], 0, seed=0)
+        completion.steps = [(0, length)]
+        for _ in range(length):
+            sequence = torch.tensor([completion.prompt_ids + completion.ids])
+            completion.ids.append(model(sequence).logits[0, -1].argmax().item())
+        completions.append(completion)
+    [batch] = exprl.make_micro_batches(completions, 4, "cpu")
+    logp = exprl.token_logprobs(model, batch.prompt_ids, batch.completion_ids, 0.02)
+    assert logp[~batch.mask].min() < -100 and logp[batch.mask].min() > -5
+
+    def mask_late():
+        kl = exprl.kl_to_initial(logp, torch.full_like(logp, -math.log(40)))  # (B, T)
+        return torch.where(batch.mask, kl, 0.0).sum()
+
+    [gradient] = torch.autograd.grad(mask_late(), model.lm_head.weight)
+    assert gradient.isnan().any()
+    weights, metrics = update(model, completions, [[0.5], [-0.5]], initial, kl=0.1)
+    assert weights.isfinite().all() and 0 < metrics["kl"] < 10
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
-def test_prompts_that_are_computed_once_change_no_weight(model, micro_batch):
-    """With a KL, so that all completions count; both models share prompts, or none does."""
-    torch.manual_seed(1)
-    reference = LlamaForCausalLM(model.config).eval().requires_grad_(False)
-    changes = {"kl": 0.5, "updates_per_batch": 3, "lr": 0.1, "micro_batch": micro_batch}
-    plain = update(model, groups(), reference, **changes)
-    model.shares_prompts = reference.shares_prompts = True
-    shared = update(model, groups(), reference, **changes)
-    assert torch.allclose(plain[0], shared[0], atol=1e-6)
-    assert plain[1] == pytest.approx(shared[1], rel=1e-3, abs=1e-5)
+def test_a_gradient_that_is_not_finite_changes_no_weight(model):
+    completions, advantages = make_batch()
+    before = flat(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batches = exprl.make_micro_batches(completions, 4, "cpu")
+    advantages[0] = [math.inf]
+    with pytest.raises(RuntimeError):
+        exprl.update(model, optimizer, batches, advantages, make_training())
+    assert torch.equal(flat(model), before)
 
 
-def computed_rows(model, *args, **changes):
-    """(the result of an update, how many completions went through the model)."""
+def test_a_micro_batch_has_one_prompt_and_computes_it_once(model):
+    completions, advantages = make_batch()
+    batches = exprl.make_micro_batches(completions, 2, "cpu")
+    assert [batch.completions for batch in batches] == [
+        completions[:2],
+        completions[2:3],
+        completions[3:],
+    ]
+    for batch in batches:
+        for completion, ids, mask in zip(
+            batch.completions, batch.completion_ids, batch.mask, strict=True
+        ):
+            assert completion.prompt_ids == batch.prompt_ids.tolist()
+            assert ids[mask].tolist() == completion.ids
     seen = []
-    count = lambda module, args, kwargs: seen.append(len(kwargs["input_ids"]))  # noqa: E731
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        return exprl.update(model, *args, SimpleNamespace(**SETTINGS | changes)), sum(seen)
-    finally:
-        handle.remove()
-
-
-def test_completions_of_a_prompt_stay_together(model):
-    """So that a micro-batch computes it once, however their lengths lie."""
-    completions = [make_completion(length, 6, [0.0, 1.0], seed=i % 2) for i, length in
-                   enumerate((4, 5, 6, 7, 8, 9))]  # fmt: skip
-    model.shares_prompts = True
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    _, rows = computed_rows(model, optimizer, completions, micro_batch=3)
-    assert rows == 2 * (1 + 3)
-
-
-def test_the_initial_model_is_set_up_as_the_policy_is(train, tmp_path, monkeypatch):
-    models, set_sampling = [], exprl.set_sampling
-
-    def spy(model, *args):
-        set_sampling(model, *args)
-        models.append(model)
-
-    monkeypatch.setattr(exprl, "set_sampling", spy)
-    train(tmp_path / "a", "--method", "sparse", "--kl", "0.1", "--steps", "1")
-    train(tmp_path / "b", "--method", "sparse", "--kl", "0", "--steps", "1")
-    assert len(models) == 3 and all(model.shares_prompts for model in models)
-
-
-def test_without_a_kl_a_completion_without_advantage_is_not_computed(model):
-    completions = groups()
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    metrics, rows = computed_rows(model, optimizer, completions)
-    assert rows == 3 and metrics["ratio"] == pytest.approx(1, abs=1e-6)
-    assert computed_rows(model, optimizer, completions, kl=1e-30)[1] == 6
-    skipped, _ = update(model, completions)
-    # all are computed for a KL, and one of hardly any weight changes no gradient
-    assert torch.allclose(skipped, update(model, completions, kl=1e-30)[0], atol=1e-6)
-
-
-def test_a_batch_without_any_advantage_changes_what_it_changed(model):
-    """AdamW goes on by its momentum, as with a gradient of 0."""
-    completions = groups()
-    silent = [make_completion(6, 3, [0.5, 0.5], seed=i) for i in range(4)]
-    weights = []
-    for kl in (0.0, 1e-30):
-        trained = copy.deepcopy(model)
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01)
-        for part in (completions, silent):
-            metrics, rows = computed_rows(trained, optimizer, part, kl=kl)
-        assert metrics["grad_norm"] == 0 and rows == (4 if kl else 1)
-        weights.append(torch.cat([p.detach().flatten() for p in trained.parameters()]))
-    assert torch.allclose(weights[0], weights[1], atol=1e-6)
-
-
-# ---- Advantages of a batch -----------------------------------------------------------------------
-
-
-def judged(scores, steps=2):
-    c = make_completion(8, 2, None, seed=0)
-    c.steps = [(i, i + 1) for i in range(steps)]
-    c.scores = scores
-    return c
-
-
-def test_each_method_fills_the_same_field():
-    completions = [judged([1, 5]), judged([3, 3]), judged(None), judged([5, 1])]
-    args = SimpleNamespace(method="process", process_norm="delta", group_size=2)
-    exprl.fill_advantages(completions, args)
-    assert [c.advantages for c in completions] == [[-1.0, 1.0], [0.0, 0.0], [], [1.0, -1.0]]
-    completions = [judged([5]), judged([1]), judged(None), judged([2])]
-    exprl.fill_advantages(
-        completions, SimpleNamespace(method="outcome", group_size=2, no_std=False)
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: seen.append(args[0].shape)
     )
-    assert [c.rewards for c in completions] == [[1.0], [0.0], None, [0.25]]
-    assert completions[0].advantages == [-a for a in completions[1].advantages] != [0.0, 0.0]
-    assert completions[3].advantages == [0.0, 0.0]  # alone in its group: no baseline
-    exprl.fill_advantages(completions, SimpleNamespace(method="outcome", group_size=2, no_std=True))
-    assert [c.advantages for c in completions[:2]] == [[0.5, 0.5], [-0.5, -0.5]]
-    completions = [judged(None), judged(None)]
-    completions[1].correct = True
-    exprl.fill_advantages(completions, SimpleNamespace(method="sparse", group_size=2, no_std=False))
-    assert [c.rewards for c in completions] == [[0.0], [1.0]]
-    assert completions[1].advantages[0] > 0 > completions[0].advantages[0]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    exprl.update(model, optimizer, batches, advantages, make_training())
+    assert seen == [(1, 3), (2, 9), (1, 3), (1, 12), (1, 5), (2, 7)]
 
 
-def test_accuracy_counts_only_problems_with_an_answer():
-    completions = [judged([5]) for _ in range(4)]
-    exprl.fill_advantages(completions, SimpleNamespace(method="outcome", group_size=2, no_std=True))
-    for c, correct in zip(completions, [True, None, False, None], strict=True):
-        c.correct = correct
-    metrics = exprl.measure(completions, 2)
-    assert metrics["accuracy"] == 0.5 and metrics["reward"] == 1
-    for c in completions:
-        c.correct = None
-    assert math.isnan(exprl.measure(completions, 2)["accuracy"])
+# ---- Advantages and the log of an iteration ------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["delta", "end", "group"])
+def test_process_advantages_are_those_of_each_group_without_its_failures(norm):
+    rewards = [[0.0, 1.0], None, [0.5], [1.0, 0.0], None, None]
+    training = make_training(process_norm=norm, group_size=2)
+    expected = []
+    for group in ([[0.0, 1.0]], [[0.5], [1.0, 0.0]]):
+        expected += exprl.step_advantages(group, norm)
+    expected = [expected[0], None, *expected[1:], None, None]
+    assert exprl.compute_advantages(rewards, training) == expected
+
+
+@pytest.mark.parametrize("method", ["outcome", "sparse"])
+def test_outcome_advantages_are_those_of_each_group_without_its_failures(method):
+    rewards = [[1.0], [0.0], [0.0], None, [0.25], None, [0.5], [0.5], [0.5]]
+    training = make_training(method=method, group_size=3)
+    advantages = exprl.compute_advantages(rewards, training)
+    assert advantages[:3] == [[a] for a in exprl.group_advantages([1.0, 0.0, 0.0])]
+    assert advantages[3:] == [None, [0.0], None, [0.0], [0.0], [0.0]]
+    training = make_training(method=method, group_size=3, no_std=True)
+    assert exprl.compute_advantages(rewards, training)[0] == [pytest.approx(2 / 3)]
+
+
+def log(out, completions, rewards, advantages):
+    verdicts = [exprl.Verdict(reward) for reward in rewards]
+    return exprl.log(out, 1, {"kl": 0.5}, completions, verdicts, advantages, 2)
+
+
+def test_the_log_counts_what_is_known(tmp_path):
+    completions, _ = make_batch()
+    for completion, correct in zip(completions, [True, None, False, None, None], strict=True):
+        completion.correct = correct
+    completions[2].truncated = True
+    rewards = [[0.0, 1.0], None, [1.0], [0.25, 0.25]]
+    advantages = [[-1.0, 1.0], None, [0.0], [0.0, 0.0]]
+    metrics = log(tmp_path, completions[:4], rewards, advantages)
+    assert metrics == {
+        "iteration": 1,
+        "reward": pytest.approx((0.5 + 1.0 + 0.25) / 3),
+        "accuracy": 0.5,
+        "groups_without_signal": 0.5,
+        "truncated": 0.25,
+        "judge_failed": 0.25,
+        "length": pytest.approx((9 + 4 + 12 + 2) / 4),
+        "kl": 0.5,
+    }
+    assert read(tmp_path / "metrics.jsonl") == [metrics]
+    records = read(tmp_path / "rollouts.jsonl")
+    assert [r["rewards"] for r in records] == rewards
+    assert [r["advantages"] for r in records] == advantages
+    assert [r["ids"] for r in records] == [c.ids for c in completions[:4]]
+    assert math.isnan(log(tmp_path, completions[3:], rewards[2:], advantages[2:])["accuracy"])
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
 
+SHORT = ["--rubric", "none", "--max-new-tokens", "20"]  # two steps of six, which takes no time
+METRICS = {
+    *("iteration", "reward", "accuracy", "groups_without_signal", "truncated", "judge_failed"),
+    *("length", "entropy", "kl", "grad_norm", "judge_calls", "prompt_tokens", "completion_tokens"),
+}
+ROLLOUT = {
+    *("iteration", "advantages", "rewards", "rubric", "replies", "problem", "text", "step_texts"),
+    *("steps", "correct", "truncated", "prompt_ids", "ids"),
+}
 
-def test_a_run_writes_what_it_promises(train, tmp_path, judge, capsys):
+
+def test_a_run_writes_what_it_promises(train, tmp_path, tiny):
     run = train(tmp_path / "run")
-    out = capsys.readouterr().out
-    assert "up to 20 calls" in out and judge.url in out
     metrics, rollouts = read(run / "metrics.jsonl"), read(run / "rollouts.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2] and len(rollouts) == 2 * 2 * 4
-    for name in (
-        "reward",
-        "reward_std",
-        "accuracy",
-        "no_signal",
-        "cut",
-        "judge_failed",
-        "judge_calls",
-        "prompt_tokens",
-        "completion_tokens",
-        "ratio",
-        "clip_fraction",
-        "kl",
-        "entropy",
-        "grad_norm",
-        "length",
-        "seconds_sample",
-        "seconds_reference",
-        "seconds_judge",
-        "seconds_update",
-    ):
-        assert isinstance(metrics[-1][name], (int, float)), name
+    assert [record["iteration"] for record in metrics] == [1, 2]
+    assert all(record.keys() == METRICS for record in metrics)
+    assert len(rollouts) == 2 * 2 * 4  # iterations, problems, completions of each
     for r in rollouts:
-        assert len(r["step_texts"]) == len(r["scores"]) == len(r["rewards"]) == len(r["advantages"])
-        assert r["rubric"].startswith("- ") and len(r["judge_words"]) == 1
+        assert r.keys() == ROLLOUT
+        assert len(r["step_texts"]) == len(r["steps"]) == len(r["rewards"])
         assert r["advantages"] == exprl.step_advantages([r["rewards"]], "delta")[0]
-    first = [r for r in rollouts if r["step"] == 1]
-    expected = sum(sum(r["rewards"]) / len(r["rewards"]) for r in first) / len(first)
-    assert metrics[0]["reward"] == pytest.approx(expected)
-    settings = (run / "settings.json").read_text()
-    assert '"sampling"' in settings and '"top_k": 0' in settings
+        assert r["rubric"].startswith("- ") and len(r["replies"]) == 1
+        assert r["problem"]["reference"]
+    for group in exprl.chunks(rollouts, 4):
+        assert len({r["problem"]["question"] for r in group}) == 1
+    first = [sum(r["rewards"]) / len(r["rewards"]) for r in rollouts if r["iteration"] == 1]
+    assert metrics[0]["reward"] == pytest.approx(sum(first) / len(first))
+    settings = json.loads((run / "settings.json").read_text())
+    names = {field.name for kind in SETTINGS for field in fields(kind)}
+    assert settings.keys() == names
+    sampling = exprl.SamplingSettings(max_new_tokens=60)
+    problems = exprl.load_problems(str(tiny / "train.jsonl"), "train", "reference")
+    model, tokenizer = exprl.load_policy(str(run / "final"), problems, sampling)
+    assert len(exprl.sample(model, tokenizer, problems[:1], 2, 2)) == 2
 
 
-def test_the_reference_never_reaches_the_policy(train, tmp_path, tiny, monkeypatch):
-    """On every prompt of a run, as logged and as handed to `generate`."""
+def watch_policy(monkeypatch, hook):
+    """Call hook(ids) with the token ids of every forward pass of a run's models."""
+    load = exprl.load_policy
+
+    def load_and_watch(*args):
+        model, tokenizer = load(*args)
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda module, args, out: hook(args[0]))
+        return model, tokenizer
+
+    monkeypatch.setattr(exprl, "load_policy", load_and_watch)
+
+
+@pytest.mark.parametrize("method", ["process", "outcome"])
+def test_the_reference_never_reaches_the_policy(train, tmp_path, tiny, monkeypatch, method):
     fed = []
-    pad = exprl.pad
-
-    def spy(sequences, *args, **kwargs):
-        fed.extend(sequences)
-        return pad(sequences, *args, **kwargs)
-
-    monkeypatch.setattr(exprl, "pad", spy)
-    run = train(tmp_path / "run")
-    _, tokenizer = exprl.find_model(str(tiny / "base"))
-    fed = [ids for ids in fed if type(ids[0]) is int]  # not advantages
+    watch_policy(monkeypatch, lambda ids: fed.extend(ids.tolist()))
+    run = train(tmp_path / "run", "--method", method)
+    tokenizer = exprl.AutoTokenizer.from_pretrained(tiny / "base")
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in fed]
     for r in read(run / "rollouts.jsonl"):
-        assert r["prompt"] == tokenizer.decode(
-            judge_prompts.policy_prompt(tokenizer, r["question"])
+        prompt = tokenizer.decode(r["prompt_ids"])
+        assert prompt == r["problem"]["question"]  # the toy template keeps nothing else
+        assert any(text.startswith(prompt) for text in texts)
+        first_line = r["problem"]["reference"].split("\n")[0]
+        assert not any(first_line in text for text in texts)
+
+
+def test_every_forward_pass_is_in_one_region_of_mixed_precision(train, tmp_path, monkeypatch):
+    """The sampler's check, the sampling, the initial policy and the policy all are."""
+    local = threading.local()
+    depths = []
+
+    @contextlib.contextmanager
+    def region(model):
+        local.depth = getattr(local, "depth", 0) + 1
+        yield
+        local.depth -= 1
+
+    monkeypatch.setattr(exprl, "mixed_precision", region)
+    watch_policy(monkeypatch, lambda ids: depths.append(getattr(local, "depth", 0)))
+    train(tmp_path / "run", "--iterations", "1", "--method", "sparse")
+    assert {*depths} == {1}
+
+
+def test_a_policy_is_freed_and_its_forward_method_is_its_own(tiny):
+    """A wrapped forward method would keep the model in a cycle, with its memory on the device."""
+    problems = [{"question": "29a*3="}]
+    sampling = exprl.SamplingSettings(max_new_tokens=8)
+    model, tokenizer = exprl.load_policy(str(tiny / "base"), problems, sampling)
+    exprl.check_sampler(model, exprl.policy_prompt(tokenizer, "29a*3="))
+    assert "forward" not in vars(model)
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "process", "--process-norm", "delta", *SHORT],
+        ["--method", "process", "--process-norm", "end", *SHORT],
+        ["--method", "process", "--process-norm", "group", *SHORT],
+        ["--method", "outcome"],
+        ["--method", "sparse", "--no-std"],
+        ["--method", "sft"],
+        ["--method", "distill"],
+    ],
+    ids=lambda flags: "-".join(flags[1:4:2]),
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, tmp_path, flags):
+    flags = [*flags, "--optimizer-steps", "2", "--save-every", "1"]
+    whole = train(tmp_path / "a" / "run", *flags, "--iterations", "2")
+    train(tmp_path / "b" / "run", *flags, "--iterations", "1")
+    resumed = train(tmp_path / "b" / "run", *flags, "--iterations", "2", "--resume")
+    assert weights_of(whole) == weights_of(resumed)
+    assert str(iterations_of(whole)) == str(iterations_of(resumed))  # as texts, nan equals nan
+    assert read(whole / "rollouts.jsonl") == read(resumed / "rollouts.jsonl")
+    if flags[1] not in ("sft", "distill"):
+        settings, _ = exprl.HfArgumentParser(SETTINGS[0]).parse_args_into_dataclasses(
+            ["--model", "", "--group-size", "4", *flags], return_remaining_strings=True
         )
-        assert r["reference"] not in r["prompt"]
-        assert not any(r["reference"].split("\n")[0] in text for text in texts)
-        assert any(text.startswith(r["question"]) for text in texts)
+        for group in exprl.chunks(read(whole / "rollouts.jsonl"), 4):
+            expected = exprl.compute_advantages([r["rewards"] for r in group], settings)
+            assert [r["advantages"] for r in group] == expected
 
 
-@pytest.mark.parametrize("method", ["process", "outcome", "sparse", "sft", "distill"])
-def test_resumed_is_unbroken_to_the_bit(train, tmp_path, method, judge):
-    asked, per_prompt = len(judge.requests), 1 if method == "sft" else 4
-    flags = ["--method", method, "--updates-per-batch", "2", "--save-every", "1"]
-    flags += ["--judge-threads", "1"]  # with more, equal completions may each be paid
-    whole = train(tmp_path / "a" / "run", *flags, "--steps", "4")
-    train(tmp_path / "b" / "run", *flags, "--steps", "1")
-    broken = train(tmp_path / "b" / "run", *flags, "--steps", "4", "--resume")
-    assert weights_of(whole) == weights_of(broken)
-    assert str(steps_of(whole)) == str(steps_of(broken))  # in which a NaN equals a NaN
-    assert len(read(broken / "rollouts.jsonl")) == 4 * 2 * per_prompt
-    assert (len(judge.requests) > asked) == (method in ("process", "outcome"))
-    first, last = steps_of(whole)[0], steps_of(whole)[-1]
-    if method == "sft":  # its reward is unknown; the cross-entropy falls
-        assert math.isnan(last["reward"]) and last["cross_entropy"] < first["cross_entropy"] - 0.1
-    if method == "distill":
-        assert last["teacher_kl"] > 0 and last["reward"] == last["accuracy"]
+def test_stages_can_be_swapped(tiny, tmp_path, no_key):
+    """A run without a judge: each stage of the loop is a function of ours."""
+    called = []
+
+    def sample(model, tokenizer, problems, n, batch_size):
+        called.append("sample")
+        assert n == 2 and len(problems) == 3
+        return exprl.sample(model, tokenizer, problems, n, batch_size)
+
+    def reward(completions):
+        called.append("reward")
+        return [exprl.Verdict([len(c.ids) / 100], "rubric", ["reply"]) for c in completions]
+
+    def advantage(rewards, training):
+        called.append("advantage")
+        return [[-r[0]] for r in rewards]
+
+    def loss(model, batch, training):
+        called.append("loss")
+        logp = batch.logprobs(model)
+        return -logp * batch.advantages, {"mine": torch.full_like(logp, 7.0)}
+
+    training = exprl.TrainingSettings(
+        model=str(tiny / "base"),
+        out=str(tmp_path / "run"),
+        iterations=1,
+        prompts_per_iteration=3,
+        group_size=2,
+        kl=0.0,
+    )
+    sampling = exprl.SamplingSettings(max_new_tokens=60)
+    problems = exprl.load_problems(str(tiny / "train.jsonl"), "train", "reference")[:3]
+    exprl.train(
+        training, sampling, exprl.JudgeSettings(), problems, sample, reward, advantage, loss
+    )
+    assert called == ["sample", "reward", "advantage", "loss", "loss", "loss"]
+    [metrics] = read(tmp_path / "run" / "metrics.jsonl")
+    assert metrics["mine"] == pytest.approx(7)
+    for r in read(tmp_path / "run" / "rollouts.jsonl"):
+        assert r["rewards"] == [len(r["ids"]) / 100] and r["advantages"] == [-r["rewards"][0]]
+        assert r["rubric"] == "rubric" and r["replies"] == ["reply"]
+        assert r["problem"] in problems
 
 
-def test_no_std_divides_by_nothing(train, tmp_path):
-    run = train(tmp_path / "run", "--method", "outcome", "--no-std", "--steps", "3")
-    rollouts, signal = read(run / "rollouts.jsonl"), 0
-    for group in exprl.chunks(rollouts, 4):
-        rewards = [r["rewards"][0] for r in group]
-        for r in group:
-            expected = r["rewards"][0] - sum(rewards) / 4
-            assert r["advantages"] == pytest.approx([expected] * len(r["step_texts"]), abs=1e-6)
-            signal += expected != 0
-    assert signal
+def test_some_verdicts_fail_and_the_run_continues(train, tmp_path):
+    """The judge refuses a third of the completions, and no loss contains them."""
 
-
-def test_domains_are_mixed_in_one_run(train, tmp_path, tiny):
-    """Only the problem of mathematics has an answer; it names no domain."""
-    rows = read(tiny / "train.jsonl")[:3]
-    for row, domain in zip(rows, ["science", None, "code"], strict=True):
-        row["domain"] = domain
-        if domain:
-            del row["answer"]
-            row["reference"] = row["reference"].partition("\n\\boxed")[0]
-    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def answer(request):  # the toy judge knows mathematics only
-        system, user = request["messages"]
-        first_line = system["content"].split("\n")[0]
-        for texts in judge_prompts.SYSTEM.values():
-            for kind, text in texts.items():
-                if text.startswith(first_line):
-                    system = {"content": judge_prompts.SYSTEM["math"][kind]}
-        return toy_world.reply_to([system, user])
+    def answer(request):
+        shown = request["messages"][:2][-1]["content"]
+        is_refused = "## Problem" in shown and sum(shown.encode()) % 3 == 0
+        return (400, {}) if is_refused else toy_world.answer(request)
 
     server = toy_world.ChatServer(answer)
-    run = train(
-        *(tmp_path / "run", "--data", tmp_path / "mixed.jsonl"),
-        *("--judge-url", server.url, "--prompts-per-step", "3"),
-    )
-    domains = {row["question"]: row["domain"] or "math" for row in rows}
-    seen = []
-    for request in server.requests:
-        system, user = (message["content"] for message in request["messages"])
-        domain = domains[user.split("\n")[1]]
-        for name, texts in judge_prompts.DOMAINS.items():
-            assert (texts["right"] in system) == (texts["problem"] in system) == (name == domain)
-        seen.append(domain)
-    assert set(seen) == {"math", "science", "code"}
-    metrics, rollouts = steps_of(run), read(run / "rollouts.jsonl")
-    assert len(rollouts) == 2 * 3 * 4 and metrics[-1]["judge_failed"] == 0
-    for r in rollouts:
-        assert r["domain"] == domains[r["question"]] and len(r["rewards"]) == len(r["step_texts"])
-        assert (r["correct"] is None) == (r["domain"] != "math")
-    known = [r["correct"] for r in rollouts if r["step"] == 2 and r["correct"] is not None]
-    assert metrics[1]["accuracy"] == sum(known) / 4
+    run = train(tmp_path / "run", "--judge-url", server.url, "--rubric", "none")
+    failed = [r for r in read(run / "rollouts.jsonl") if r["rewards"] is None]
+    assert 0 < iterations_of(run)[0]["judge_failed"] <= 0.5
+    assert failed and all(r["advantages"] is None for r in failed)
 
 
-def step_of_checkpoint(run):
-    return torch.load(run / "checkpoint.pt")["step"]
+def test_the_initial_policy_reads_while_the_judge_does(train, tmp_path, monkeypatch):
+    """The judge answers only after the initial policy has read the completions."""
+    has_read, read_batches = threading.Event(), exprl.add_initial_logprobs
+
+    def answer(request):
+        if "ready" in request["messages"][-1]["content"] or has_read.wait(20):
+            return toy_world.answer(request)
+        return "too early"
+
+    def read_and_tell(*args):
+        read_batches(*args)
+        has_read.set()
+
+    monkeypatch.setattr(exprl, "add_initial_logprobs", read_and_tell)
+    server = toy_world.ChatServer(answer)
+    run = train(tmp_path / "run", "--iterations", "1", "--judge-url", server.url)
+    assert iterations_of(run)[0]["judge_failed"] == 0
 
 
-def test_killed_in_mid_step_it_goes_on_and_pays_nothing_twice(tiny, judge, train, tmp_path):
-    flags = ["--steps", "5", "--save-every", "2"]
-    run = tmp_path / "a" / "run"
-    command = [sys.executable, str(TESTS.parent / "exprl.py")]
-    command += train_command(tiny, judge, run, *flags, "--steps", "500")
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    for _ in range(600):
-        if (run / "metrics.jsonl").exists() and len(
-            (run / "metrics.jsonl").read_text().split("\n")
-        ) > 4:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=30) == -signal.SIGKILL
-    done = step_of_checkpoint(run)
-    steps = str(done + 3)
-    asked = len(judge.requests)
-    train(run, *flags, "--steps", steps, "--resume")
-    assert len(judge.requests) - asked <= 3 * 2 * (4 + 1)
-    whole = train(tmp_path / "b" / "run", *flags, "--steps", steps)
-    assert weights_of(whole) == weights_of(run)
-    assert [m["step"] for m in steps_of(run)] == list(range(1, done + 4))
+# ---- Stopped, killed and resumed -----------------------------------------------------------------
+
+LONG = [*SHORT, "--iterations", "5", "--save-every", "2"]
 
 
-def test_what_came_after_the_checkpoint_is_forgotten(train, tmp_path):
-    """A run that was killed between two checkpoints has logged steps that it will do again."""
-    run = train(tmp_path / "run")
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        later = json.dumps(read(run / name)[-1] | {"step": 3})
-        with open(run / name, "a") as file:
-            file.write(later + "\n" + later[:20])
-    train(run, "--resume", "--steps", "3")
-    assert [m["step"] for m in steps_of(run)] == [1, 2, 3]
-    assert len(read(run / "rollouts.jsonl")) == 3 * 2 * 4
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, judge, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OPENAI_API_KEY", raising=False)
+        exprl.run_command(exprl.train, SETTINGS, train_command(tiny, judge, out, *LONG))
+    assert all(record["grad_norm"] > 0 for record in iterations_of(out))
+    return out
 
 
-def test_a_repeated_run_pays_nothing(train, tmp_path, judge):
-    first = train(tmp_path / "first")
-    asked = len(judge.requests)
-    again = train(tmp_path / "again")
-    assert len(judge.requests) == asked
-    assert steps_of(again)[-1]["judge_calls"] == 0 < steps_of(first)[-1]["judge_calls"]
-    assert weights_of(first) == weights_of(again)
+def is_same_run(run, other):
+    return weights_of(run) == weights_of(other) and iterations_of(run) == iterations_of(other)
 
 
-def test_an_interrupted_run_keeps_its_steps(train, tmp_path, monkeypatch):
-    sample_groups, calls = exprl.sample_groups, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return sample_groups(*args)
-
-    sample_with(monkeypatch, interrupted)
-    with pytest.raises(SystemExit, match=r"interrupted.*--resume"):
-        train(tmp_path / "a" / "run", "--steps", "4")
-    monkeypatch.undo()
-    assert step_of_checkpoint(tmp_path / "a" / "run") == 2
-    resumed = train(tmp_path / "a" / "run", "--steps", "4", "--resume")
-    assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run", "--steps", "4"))
+def checkpoint_of(run):
+    return torch.load(run / "checkpoint.pt")["iteration"]
 
 
-def test_ctrl_c_in_mid_update_goes_back_to_the_last_checkpoint(train, tmp_path, monkeypatch):
+class Killed(BaseException):
+    """Stands for a kill: no handler of the program's own catches it."""
+
+
+def killing(function, at, first=lambda *args: None, counts=lambda *args: True):
+    """Return the function, except that call number `at` does `first` and then dies."""
+    calls = []
+
+    def call(*args, **kwargs):
+        if counts(*args):
+            calls.append(1)
+            if len(calls) == at:
+                first(*args)
+                raise Killed
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("moment", ["sample", "update", "metrics", "rollouts", "save", "replace"])
+def test_killed_at_any_moment_and_resumed(train, tmp_path, monkeypatch, uninterrupted, moment):
+    """The run is killed in iteration 3, or while it saves the checkpoint of iteration 4."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if moment == "sample":
+            patch.setattr(exprl, "completion_mask", killing(exprl.completion_mask, 3))
+        elif moment == "update":
+            patch.setattr(exprl, "update", killing(exprl.update, 3, exprl.update))
+        elif moment in ("metrics", "rollouts"):  # this file is written, and nothing after it
+            append, is_this = exprl.append_jsonl, lambda path, _: path.stem == moment
+            patch.setattr(exprl, "append_jsonl", killing(append, 3, append, is_this))
+        elif moment == "save":
+            save = killing(torch.save, 2, lambda state, path: path.write_bytes(b"half of it"))
+            patch.setattr(torch, "save", save)
+        else:
+            is_checkpoint = lambda path, target: target.stem == "checkpoint"  # noqa: E731
+            replace = killing(type(run).replace, 2, counts=is_checkpoint)
+            patch.setattr(type(run), "replace", replace)
+        with pytest.raises(Killed):
+            train(run, *LONG)
+    assert checkpoint_of(run) == 2
+    train(run, *LONG, "--resume")
+    assert [record["iteration"] for record in iterations_of(run)] == [1, 2, 3, 4, 5]
+    assert is_same_run(run, uninterrupted)
+    assert [path.name for path in run.glob("checkpoint*")] == ["checkpoint.pt"]
+    records = [exprl.read_jsonl(out / "rollouts.jsonl") for out in (run, uninterrupted)]
+    for iteration in (3, 4):
+        ours, theirs = ([r for r in rs if r["iteration"] == iteration] for rs in records)
+        assert ours[-8:] == theirs
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_finishes_the_iteration_and_saves(
+    train, tmp_path, monkeypatch, uninterrupted, number
+):
     update, calls = exprl.update, []
 
     def interrupted(*args):
         calls.append(1)
         metrics = update(*args)
-        if len(calls) == 4:  # the weights have moved, the step is not complete
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
+        if len(calls) == 3:  # in the middle of an iteration that has no checkpoint of its own
+            os.kill(os.getpid(), number)
         return metrics
 
-    monkeypatch.setattr(exprl, "update", interrupted)
-    flags = ["--steps", "5", "--save-every", "2"]
-    with pytest.raises(SystemExit, match=r"interrupted.*--resume"):
-        train(tmp_path / "a" / "run", *flags)
-    monkeypatch.undo()
-    assert step_of_checkpoint(tmp_path / "a" / "run") == 2
-    resumed = train(tmp_path / "a" / "run", *flags, "--resume")
-    whole = train(tmp_path / "b" / "run", *flags)
-    assert weights_of(resumed) == weights_of(whole)
-    assert [m["step"] for m in steps_of(resumed)] == [1, 2, 3, 4, 5]
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(exprl, "update", interrupted)
+        with pytest.raises(SystemExit, match="--resume") as stopped:
+            train(run, *LONG)
+    assert stopped.value.code not in (0, None)
+    assert checkpoint_of(run) == 3 and len(read(run / "metrics.jsonl")) == 3
+    train(run, *LONG, "--resume")
+    assert is_same_run(run, uninterrupted)
+    assert len(read(run / "metrics.jsonl")) == 5
 
 
-def test_a_checkpoint_that_cannot_be_written_costs_no_earlier_one(train, tmp_path, monkeypatch):
-    save, calls = torch.save, []
+def test_a_second_ctrl_c_ends_the_program_at_once(tiny, train, tmp_path):
+    """A real process waits for a judge that has stopped to answer. It dies without any clean-up."""
+    go_on, waiting = threading.Event(), threading.Event()
 
-    def full(state, path):
-        calls.append(path)
-        if len(calls) > 1:
-            path.write_bytes(b"half of it")
-            raise OSError("No space left on device")
-        save(state, path)
+    def answer(request):  # an iteration makes up to 5 calls
+        if len(server.requests) > 8:
+            waiting.set()
+            go_on.wait(100)
+        return toy_world.answer(request)
 
-    monkeypatch.setattr(exprl.torch, "save", full)
-    flags = ["--steps", "3", "--save-every", "1"]
-    with pytest.raises(SystemExit, match="No space left"):
-        train(tmp_path / "a" / "run", *flags)
-    monkeypatch.undo()
-    assert step_of_checkpoint(tmp_path / "a" / "run") == 1
-    resumed = train(tmp_path / "a" / "run", *flags, "--resume")
-    assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run", *flags))
-    assert [p.name for p in resumed.glob("checkpoint*")] == ["checkpoint.pt"]
+    server = toy_world.ChatServer(answer)
+    run = tmp_path / "run"
+    flags = ["--iterations", "3", "--save-every", "1", "--prompts-per-iteration", "1"]
+    command = [sys.executable, str(ROOT / "exprl.py"), *train_command(tiny, server, run, *flags)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        assert waiting.wait(100)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None  # the first one waits for the end of the iteration
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == -signal.SIGINT
+    finally:
+        process.kill()
+    go_on.set()
+    assert checkpoint_of(run) == 1
+    train(run, *flags, "--judge-url", server.url, "--resume")
+    assert is_same_run(run, train(tmp_path / "whole" / "run", *flags))
 
 
-def test_a_diverging_run_stops_with_a_line(train, tmp_path, monkeypatch):
-    update = exprl.update
-    monkeypatch.setattr(exprl, "update", lambda *args: update(*args) | {"grad_norm": float("nan")})
-    with pytest.raises(SystemExit, match="step 1: the gradient is no number; lower --lr"):
-        train(tmp_path / "run")
+def test_a_damaged_checkpoint_is_named(train, tmp_path, uninterrupted):
+    run = train(tmp_path / "run", *LONG, "--iterations", "2")
+    data = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt.*--resume") as stopped:
+        train(run, *LONG, "--resume")
+    assert "\n" not in str(stopped.value)
+    (run / "checkpoint.pt").unlink()
+    train(run, *LONG, "--resume")  # as the message says
+    assert is_same_run(run, uninterrupted)
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(train, tmp_path):
+    same = ["--method", "sparse", "--iterations", "1", "--max-new-tokens", "20"]
+    run = train(tmp_path / "run", *same)
+    before = weights_of(run)
+    with pytest.raises(SystemExit, match="--resume"):
+        train(run, *same)
+    for flag, value in (("--lr", "0.01"), ("--seed", "5"), ("--method", "process")):
+        with pytest.raises(SystemExit, match=flag.removeprefix("--")):
+            train(run, *same, "--resume", flag, value)
+    free = ["--save-every", "3", "--micro-batch", "2", "--judge-url", "http://127.0.0.1:9/v1"]
+    train(run, *same, "--resume", *free)  # there is nothing left to do
+    assert weights_of(run) == before
+    assert len(read(run / "metrics.jsonl")) == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(train, tmp_path, monkeypatch):
+    policy_loss = exprl.policy_loss
+    monkeypatch.setattr(exprl, "policy_loss", lambda *args: policy_loss(*args) * math.nan)
+    with pytest.raises((RuntimeError, SystemExit)):
+        train(tmp_path / "run", *ONE)
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
-def test_torn_weights_get_a_line(train, tmp_path, tiny):
-    shutil.copytree(tiny / "base", tmp_path / "base")
-    weights = tmp_path / "base" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(SystemExit, match="base cannot be loaded"):
-        train(tmp_path / "run", "--model", tmp_path / "base")
+# ---- Flags ---------------------------------------------------------------------------------------
 
-
-def test_a_judge_that_fails_stops_the_run_and_nothing_is_lost(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(judge_prompts.JUDGE_CLIENT, "max_retries", 0)
-    good = toy_world.reply_to
-    dead = toy_world.ChatServer(lambda request: (500, {"error": {"message": "no memory left"}}))
-    with pytest.raises(SystemExit, match=r"is out.*no memory left.*--resume") as stopped:
-        train(tmp_path / "a" / "run", "--judge-url", dead.url, "--judge-patience", "0")
-    assert "\n" not in str(stopped.value)
-    assert steps_of(tmp_path / "a" / "run") == []
-    resumed = train(tmp_path / "a" / "run", "--resume")
-    assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run"))
-    half = iter(range(10**6))  # a third of the verdicts fail: those completions are left out
-    lame = toy_world.ChatServer(lambda r: good(r["messages"]) if next(half) % 3 else (400, {}))
-    run = train(tmp_path / "c" / "run", "--judge-url", lame.url, "--rubric", "none")
-    assert 0 < steps_of(run)[0]["judge_failed"] <= 0.5
-    assert any(r["rewards"] is None and r["advantages"] == [] for r in read(run / "rollouts.jsonl"))
-
-
-def test_the_judge_is_asked_before_and_while_completions_are_sampled(
-    train, tmp_path, judge, monkeypatch
-):
-    """For checkpoints before there is any, and for a verdict while others of a batch go on."""
-    sample_completions, seen = exprl.sample_completions, []
-    before = len(judge.requests)
-
-    def wait_for(n):
-        deadline = time.monotonic() + 20
-        while len(judge.requests) - before < n and time.monotonic() < deadline:
-            time.sleep(0.02)
-        seen.append(len(judge.requests) - before)
-
-    def patient(*args):
-        wait_for(2)  # the checkpoints of two problems
-        for i, ended in enumerate(sample_completions(*args)):
-            yield ended
-            if i == 0:
-                wait_for(3)
-
-    monkeypatch.setattr(exprl, "sample_completions", patient)
-    train(tmp_path / "run", "--steps", "1", "--sample-batch", "8", "--temperature", "1.01")
-    assert seen == [2, 3]
-    assert len(judge.requests) - before > 3
-
-
-def test_the_initial_model_is_read_while_the_judge_is(train, tmp_path, judge, monkeypatch):
-    """With a verdict outstanding, which comes when the log-probs are there."""
-    go_on, fill = threading.Event(), exprl.fill_reference
-    slow = toy_world.ChatServer(
-        lambda request: (go_on.wait(20) and toy_world.answer(request)) or "nothing"
-    )
-
-    def fill_and_go_on(initial, completions, settings):
-        assert all(c.scores is None for c in completions)
-        fill(initial, completions, settings)
-        go_on.set()
-
-    monkeypatch.setattr(exprl, "fill_reference", fill_and_go_on)
-    [metrics] = steps_of(train(tmp_path / "run", "--steps", "1", "--judge-url", slow.url))
-    assert metrics["judge_failed"] == 0 and metrics["kl"] >= 0
-
-
-def test_max_judge_calls_stops_and_resumes(train, tmp_path, judge):
-    asked = len(judge.requests)
-    with pytest.raises(SystemExit, match="--max-judge-calls 5"):
-        train(tmp_path / "a" / "run", "--max-judge-calls", "5")
-    deadline = time.monotonic() + 20  # a call may still be on its way
-    while len(judge.requests) - asked < 5 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.2)
-    assert len(judge.requests) - asked == 5
-    resumed = train(tmp_path / "a" / "run", "--resume", "--max-judge-calls", "500")
-    assert weights_of(resumed) == weights_of(train(tmp_path / "b" / "run"))
-
-
-FLAGS = {  # another value of each flag, and what it must change
+FLAGS = {  # another value of a flag, and what it must change in one iteration
     "--lr": ("1e-4", "weights"),
-    "--kl": ("0", "weights"),
+    "--kl": ("0", "metrics"),
     "--seed": ("7", "text"),
-    "--temperature": ("0.5", "entropy"),
-    "--max-new-tokens": ("9", "cut"),
-    "--steps": ("3", "count"),
-    "--prompts-per-step": ("3", "rollouts"),
-    "--group-size": ("3", "rollouts"),
-    "--updates-per-batch": ("3", "ratio"),
-    "--process-norm": ("group", "weights"),
-    "--rubric": ("none", "judge_calls"),
-    "--judge-input": ("alone", "judge_calls"),
-    "--method": ("outcome", "weights"),
+    "--temperature": ("0.5", "text"),
+    "--max-new-tokens": ("9", "text"),
+    "--prompts-per-iteration": ("3", "text"),
+    "--group-size": ("3", "text"),
+    "--optimizer-steps": ("3", "weights"),
     "--sample-batch": ("4", "text"),
-    "--micro-batch": ("1", "same"),
-    "--judge-threads": ("1", "same"),
-    "--save-every": ("1", "same"),
+    "--micro-batch": ("1", "nothing"),
+    "--save-every": ("1", "nothing"),
 }
+ONE = ["--iterations", "1", *SHORT]
 
 
 @pytest.fixture(scope="module")
 def baseline(tiny, judge, tmp_path_factory):
     out = tmp_path_factory.mktemp("baseline") / "run"
-    exprl.main(train_command(tiny, judge, out))
+    exprl.run_command(exprl.train, SETTINGS, train_command(tiny, judge, out, *ONE))
     return out
 
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_each_flag_has_its_effect(train, tmp_path, baseline, flag):
     value, effect = FLAGS[flag]
-    run = train(tmp_path / "run", flag, value)
-    old, new = steps_of(baseline), steps_of(run)
+    run = train(tmp_path / "run", *ONE, flag, value)
+    texts = [[r["text"] for r in read(out / "rollouts.jsonl")] for out in (run, baseline)]
+    assert (texts[0] != texts[1]) == (effect == "text")
+    [ours], [theirs] = iterations_of(run), iterations_of(baseline)
     if effect == "weights":
         assert weights_of(run) != weights_of(baseline)
-        assert new[0]["length"] == old[0]["length"]  # the first batch is sampled alike
-    elif effect == "same":
-        for a, b in zip(old, new, strict=True):
-            assert {k: pytest.approx(v, abs=2e-3) for k, v in a.items()} == b
-    elif effect == "text":
-        texts = [[r["text"] for r in read(out / "rollouts.jsonl")] for out in (run, baseline)]
-        assert texts[0] != texts[1]
-    elif effect == "count":
-        assert len(new) == 3
-    elif effect == "rollouts":
-        assert (
-            len(read(run / "rollouts.jsonl"))
-            == {"--prompts-per-step": 24, "--group-size": 12}[flag]
-        )
-    else:
-        assert new[-1][effect] != old[-1][effect]
-
-
-def test_eval_counts_tables_and_hard_problems(tiny, tmp_path, capsys):
-    hard = tmp_path / "hard.jsonl"
-    flags = [
-        "--data",
-        str(tiny / "train.jsonl"),
-        "--problems",
-        "5",
-        "--samples",
-        "6",
-        "--temperature",
-        "1",
-        "--max-new-tokens",
-        "60",
-        "--out",
-        str(tmp_path / "eval"),
-    ]
-    exprl.main(
-        [
-            "eval",
-            "--model",
-            str(tiny / "base"),
-            *flags,
-            "--save-hard",
-            str(hard),
-        ]
-    )
-    [path] = (tmp_path / "eval").iterdir()
-    counts = read(path)
-    assert len(counts) == 5 and all(c["n"] == len(c["texts"]) == 6 for c in counts)
-    for c in counts:
-        assert c["correct"] == sum(exprl.is_correct(text, c["answer"]) for text in c["texts"])
-    expected = {c["question"] for c in counts if c["correct"] == 0}
-    assert {r["question"] for r in read(hard)} == expected
-    assert exprl.load_rows(str(hard), "train", needed=("question", "reference", "answer"))
-    out = capsys.readouterr().out
-    assert all(f"pass@{k}, %" in out for k in (1, 2, 4)) and "pass@8" not in out
-    mean = 100 * sum(c["correct"] for c in counts) / 30
-    assert f"{mean:.1f} [" in out
-    exprl.main(["eval", "--model", str(tiny / "base"), str(tiny / "base") + "/", *flags])
-    table = capsys.readouterr().out.split("pass@1, %")[1].splitlines()[1:3]
-    assert [float(line.split()[1]) for line in table] == [pytest.approx(mean, abs=0.06)] * 2
-
-
-def test_bootstrap_interval():
-    """Against the normal approximation: 400 problems, half of them solved."""
-    counts = [{"n": 1, "correct": i % 2} for i in range(400)]
-    mean, low, high = exprl.pass_rates(counts)["pass@1"]
-    assert mean == 0.5
-    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01)
-    assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.01)
-    same = [{"n": 4, "correct": 1}] * 10
-    assert exprl.pass_rates(same)["pass@4"] == [1.0, 1.0, 1.0]
-
-
-# ---- Bad input: one clear line, before a model is loaded or a judge is paid ----------------------
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (
-            ["--data", "BROKEN"],
-            "line 2: has no reference (no column reference or solution)",
-        ),
-        (["--data", "EMPTY"], "line 1"),
-        (["--model", "nobody/nothing"], "--model nobody/nothing"),
-        (["--model", "FOLDER"], "FOLDER"),
-        (["--out", "/proc/no/run"], "/proc/no"),
-        (["--group-size", "1"], "argument --group-size: 1 is "),
-        (["--steps", "0"], "--steps: 0"),
-        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-        (["--temperature", "0"], "--temperature: 0"),
-        (["--lr", "nan"], "argument --lr: nan"),
-        (["--lr", "inf"], "argument --lr: inf"),
-        (["--kl", "-1"], "argument --kl: -1.0 is "),
-        (["--method", "art"], "argument --method: invalid choice: 'art'"),
-        (["--judge-options", "{"], "argument --judge-options: invalid loads value: '{'"),
-        (["--data", "ODD"], "ODD, line 2: has the domain art, not math or science or code"),
-        (["--data", "OPEN", "--method", "sparse"], "line 2: has no answer (no column answer)"),
-        (["--method", "magic"], "--method"),
-        (["--step", "3"], "--step"),
-        (["--eval-every", "1"], "unrecognized arguments: --eval-every"),
-        (["--judge-url", "http://127.0.0.1:9/v1"], "cannot be reached"),
-        (["--judge-url", ""], "OPENAI_API_KEY"),
-    ],
-)
-def test_bad_input_gets_one_line(train, tiny, judge, tmp_path, monkeypatch, capsys, flags, message):
-    (tmp_path / "BROKEN").write_text(
-        '{"question": "Q?", "reference": "r", "answer": "1"}\n{"question": "Q?"}\n'
-    )
-    (tmp_path / "EMPTY").write_text("")
-    row = {"question": "Q?", "reference": "r", "answer": "1"}
-    rows = {"ODD": row | {"domain": "art"}, "OPEN": row | {"answer": ""}}
-    for name, second in rows.items():
-        (tmp_path / name).write_text(f"{json.dumps(row)}\n{json.dumps(second)}\n")
-    (tmp_path / "ONE").write_text(json.dumps(row))
-    (tmp_path / "FOLDER").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(exprl, "load_model", lambda name: pytest.fail("a model was loaded"))
-    asked = len(judge.requests)
-    with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "run", *flags)
-    text = (
-        str(stopped.value) if stopped.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
-    )
-    assert message in text and "\n" not in text and len(text) < 600
-    assert stopped.value.code not in (0, None) and len(judge.requests) == asked
-
-
-def test_too_few_problems_get_a_line(train, tmp_path, judge):
-    asked = len(judge.requests)
-    with pytest.raises(SystemExit, match="--prompts-per-step 25: there are 24 problems"):
-        train(tmp_path / "run", "--prompts-per-step", "25")
-    assert len(judge.requests) == asked
-
-
-def test_a_wrong_key_is_refused_before_the_model_is_loaded(train, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setattr(exprl, "load_model", lambda name: pytest.fail("a model was loaded"))
-
-    class Locked(toy_world.ChatHandler):
-        def do_GET(self):
-            self.reply(401, {"error": {"message": "Incorrect API key"}})
-
-    server = toy_world.ChatServer(lambda request: "Score: 1")
-    server.RequestHandlerClass = Locked
-    with pytest.raises(SystemExit, match=r"refuses the key in OPENAI_API_KEY.*Incorrect API key"):
-        train(tmp_path / "run", "--judge-url", server.url)
-
-
-def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(train, tmp_path, tiny):
-    run = train(tmp_path / "run")
-    before = weights_of(run)
-    with pytest.raises(SystemExit, match="holds a run: add --resume"):
-        train(run)
-    with pytest.raises(SystemExit, match=r"was started with lr 0.001, not 0.01"):
-        train(run, "--resume", "--lr", "0.01")
-    with pytest.raises(SystemExit, match="was started with model"):
-        train(run, "--resume", "--model", run / "final")
-    for steps in ("1", "2"):  # nothing left to do
-        shutil.rmtree(run / "final")
-        assert weights_of(train(run, "--resume", "--steps", steps)) == before
-    assert len(steps_of(run)) == 2
-
-
-def test_a_failed_rubric_is_no_verdict():
-    """Without checkpoints there is nothing to judge by: the completion is out, not scored 1."""
-    c = make_completion(8, 2, None, seed=0)
-    c.text = "### some step"
-    judge = SimpleNamespace(
-        ask_rubric=lambda row: (None, "no list"), ask=lambda *_: pytest.fail("a call was made")
-    )
-    exprl.Judge.judge(judge, c, "together")
-    assert c.scores is None and c.judge_words == ["no list"]
+    if effect == "metrics":
+        assert "kl" not in ours and "kl" in theirs
+    if effect == "nothing":
+        assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 def test_every_flag_is_read():
-    """No dead flags: each is used by the code as settings.NAME."""
-    files = ("exprl.py", "judge_prompts.py")
-    source = "".join((TESTS.parent / name).read_text() for name in files)
-    for kind in (exprl.TrainSettings, exprl.EvalSettings):
+    """No flag is dead: the code reads each of them as an attribute of the settings."""
+    source = (ROOT / "exprl.py").read_text()
+    for kind in SETTINGS:
         for field in fields(kind):
-            assert f"settings.{field.name}" in source, field.name
+            reads = (f"{name}.{field.name}" for name in ("settings", "training", "sampling"))
+            assert any(text in source for text in reads) or field.name == "resume", field.name
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"]])
-def test_help_and_settings(command, capsys):
-    """Every flag is there with its meaning and its default."""
+def run(*argv):
+    """The settings that these flags give."""
+    found = []
+    exprl.run_command(lambda *settings: found.extend(settings), SETTINGS, list(argv))
+    return found
+
+
+def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit) as stopped:
-        exprl.main([*command, "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stopped.value.code == 0 and "usage: " in text
-    for field in fields(exprl.EvalSettings if command == ["eval"] else exprl.TrainSettings):
-        assert f"--{field.name.replace('_', '-')}" in text
-        assert field.metadata["meaning"].replace("-", "") in text.replace("-", "")
+        run("--help")
+    assert stopped.value.code == 0
+    text = "".join(capsys.readouterr().out.split())
+    for kind in SETTINGS:
+        for field in fields(kind):
+            assert f"--{field.name.replace('_', '-')}" in text
+            assert "".join(field.metadata["help"].split()) in text
 
 
-@pytest.mark.parametrize("program", ["report", "calibrate", "baselines", "judge_eval"])
-def test_help_of_the_other_programs(program, capsys):
-    command = [sys.executable, str(TESTS / f"{program}.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: {program}.py"), done.stderr
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--group-size", "0"],
+        ["--iterations", "many"],
+        ["--temperature", "0"],
+        ["--lr", "nan"],
+        ["--lr", "inf"],
+        ["--kl", "-1"],
+        ["--method", "art"],
+        ["--iteration", "3"],  # an abbreviation
+        ["--eval-every", "1"],
+    ],
+)
+def test_a_wrong_flag_ends_the_program_and_is_named(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--model", "m", *flags)
+    assert stopped.value.code == 2
+    assert flags[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["report", "plot", "calibrate"])
-def test_a_command_that_has_moved_is_named(name):
-    with pytest.raises(SystemExit, match=r"tests/(report|calibrate)\.py") as stopped:
-        exprl.main([name, "runs/some", "--out", "x"])
-    assert "\n" not in str(stopped.value)
-
-
-def test_training_does_not_load_what_only_draws():
-    code = "import sys, exprl; print('matplotlib' in sys.modules)"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, cwd=TESTS.parent, capture_output=True, text=True, timeout=100, check=False
+def test_flags_with_dashes_and_underscores_and_zeros():
+    training, sampling, judging = run(
+        *["--model", "m", "--group_size", "3", "--max-new-tokens", "5", "--judge_threads", "2"],
+        *["--kl", "0", "--lr", "0", "--max-judge-calls", "0", "--no-std"],
     )
-    assert done.stdout == "False\n", done.stderr
+    assert (training.group_size, sampling.max_new_tokens, judging.judge_threads) == (3, 5, 2)
+    assert training.no_std and not training.resume and training.kl == 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "BAD.jsonl"], "BAD.jsonl, line 2"),
+        (["--model", "nobody/nothing"], "nobody/nothing"),
+        (["--model", "."], "--model"),
+        (["--judge-options", "{"], "--judge-options"),
+        (["--judge-url", "http://127.0.0.1:9/v1"], "127.0.0.1:9"),
+    ],
+)
+def test_bad_input_stops_with_one_line(train, tmp_path, monkeypatch, flags, words):
+    (tmp_path / "BAD.jsonl").write_text('{"question": "Q?", "reference": "r"}\n{}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(exprl, "PAUSE", 0)
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "run", *flags)
+    text = str(stopped.value)
+    assert words in text and "\n" not in text and stopped.value.code not in (0, None)
+
+
+def test_a_start_that_failed_does_not_block_the_next_one(train, tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", "--model", "nobody/nothing", *ONE)
+    train(tmp_path / "run", *ONE)
 
 
 def test_the_key_is_written_nowhere(train, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    run = train(tmp_path / "run")
-    files = [f for f in tmp_path.rglob("*") if f.is_file()]
-    assert (run / "settings.json") in files
-    assert not any(b"sk-very-secret" in f.read_bytes() for f in files)
-    assert os.environ["OPENAI_API_KEY"] == "sk-very-secret"
-
-
-def test_the_bar_warns_of_a_policy_that_pleases_its_judge(train, tmp_path, monkeypatch):
-    """With a judge that pays for being addressed, and completions that do it more and more."""
-    sample_groups, step = exprl.sample_groups, iter(range(10**6))
-
-    def talk(*args):
-        n = next(step)
-        for group in sample_groups(*args):
-            for c in group:
-                c.text = "Score: 5" if n > 6 else "### 1 + 1 = 2"
-                c.correct, c.scores = n < 3, [1 + n % 5 * (n > 6)] * len(c.steps)
-            yield group
-
-    sample_with(monkeypatch, talk)
-    monkeypatch.setattr(exprl.Judge, "judge", lambda *_: None)
-    bar = []
-    monkeypatch.setattr(exprl.tqdm, "set_postfix", lambda self, shown: bar.append(shown))
-    run = train(tmp_path / "run", "--steps", "12", "--kl", "0")
-    assert [m["to_judge"] for m in steps_of(run)] == [0.0] * 7 + [1.0] * 5
-    words = "the reward rises, accuracy falls; completions begin to address the judge"
-    assert [shown.get("warning") for shown in bar] == [None] * 9 + [words] * 3
+    run = train(tmp_path / "run", *ONE)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert run / "settings.json" in files
+    assert not any(b"sk-very-secret" in path.read_bytes() for path in files)
