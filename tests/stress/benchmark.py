@@ -49,7 +49,9 @@ class BenchmarkSettings(exprl.Settings):
     """The model, the sizes of an iteration, and the number of repetitions."""
 
     may_be_zero = ("kl",)
-    model: str = option("", "hub id, bare name of a Qwen model, or folder; if empty, a random model")
+    model: str = option(
+        "", "hub id, bare name of a Qwen model, or folder; if empty, a random model"
+    )
     prompts: int = option(2, "problems in an iteration")
     group: int = option(8, "completions of a problem")
     micro_batch: int = option(8, "completions in one backward pass; it has to divide --group")
@@ -239,7 +241,9 @@ def in_a_process(settings, **changes):
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3600)
     except subprocess.TimeoutExpired:
-        exprl.stop(f"{values['system']} took over an hour: give fewer --iterations or less --length")
+        exprl.stop(
+            f"{values['system']} took over an hour: give fewer --iterations or less --length"
+        )
     if done.returncode:
         exprl.stop(f"{values['system']} failed: {done.stderr.strip()[-400:]}")
     return json.loads(done.stdout.strip().split("\n")[-1])

@@ -101,9 +101,7 @@ def train_in_child(arguments, output, patience, timeout, file_size):
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     exprl.PATIENCE, exprl.PAUSE = patience, 0.1
-    make_client = openai.OpenAI
-    waits = {"timeout": timeout, "max_retries": 0}
-    openai.OpenAI = lambda **options: make_client(**(options | waits))
+    openai.OpenAI = partial(openai.OpenAI, timeout=timeout)
     _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, hard_limit))
     try:
@@ -224,8 +222,8 @@ def kept(out):
 
 
 # ---- The judge breaks ----------------------------------------------------------------------------
-def error(text, **more):
-    return {"error": {"message": text} | more}
+def error(text):
+    return {"error": {"message": text}}
 
 
 def reply(content, finish_reason="stop"):
@@ -240,23 +238,19 @@ UNAVAILABLE = {  # the run waits, then it stops
     "503": (503, error("loading")),
     "a page with status 200": (200, "<html>Welcome</html>"),
     "an error with status 200": (200, error("overloaded")),
-    "no choices": (200, {"id": "x", "object": "chat.completion", "choices": []}),
     "a closed connection": ("closed", {}),
     "no answer in time": ("late", error("sorry")),
 }
 REFUSED = {  # the run stops at once
     "401, a wrong key": (401, error("no such key")),
-    "402, no credit": (402, error("pay first")),
     "404, no such model": (404, error("no such model")),
 }
 UNSCORED = {  # it answers, but gives no score
     "400, the prompt is too long": (400, error("too long")),
-    "403, moderation": (403, error("not this text")),
     "null as content": (200, reply(None)),
     "a reply that the length limit cut off": (200, reply("Step 1: 5", "length")),
     "no score in the reply": "I would rather not say.",
     "a score for the first step only": "Step 1: 5",
-    "scores of 6": "\n".join(f"Step {t}: 6" for t in range(1, 17)),
 }
 
 
@@ -523,7 +517,8 @@ def make_row(world, group, name, make):
 
 def line(cells):
     """Write a line of a table."""
-    cells = [" ".join(cell.replace("|", "\\|").split())[:160] for cell in cells]
+    cells = [" ".join(cell.replace("|", "\\|").split()) for cell in cells]
+    cells = [cell if len(cell) < 160 else cell[:160] + "..." for cell in cells]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -538,7 +533,7 @@ def write_page(rows):
         "waited less than a second for an unavailable judge, not ten minutes. `run` stands for "
         'the folder of the run. "Bit for bit" means that weights and metrics equal those of a run '
         "that nothing happened to. A reply that was kept was never paid for again, unless the last "
-        "column says so.",
+        'column says so. "Traceback:" stands before the last line of a traceback.',
         "",
         f"There are {sum(map(len, rows.values()))} faults.",
     ]

@@ -112,14 +112,17 @@ def advantage_correlation(method: str, fnr: float, fpr: float, n_groups: int = 1
         return float(np.corrcoef(advantages(exact), advantages(judged))[0, 1])
 
 
+DRAWS = 1000  # of the bootstrap
+
+
 def bootstrap(statistic: Callable, n: int) -> list[list[float]]:
     """Measure statistics of n problems -> [value, low, high] of each, with 95% intervals.
 
     `statistic` takes an array of problem indices and returns a list of numbers. The interval comes
-    from 1000 draws of n problems with replacement. Draws in which a number is NaN are left out.
+    from DRAWS draws of n problems with replacement. Draws in which a number is NaN are left out.
     """
-    indices = np.random.default_rng(0).integers(n, size=(1000, n))
-    drawn = np.array([statistic(row) for row in indices], float)  # (1000, statistics)
+    indices = np.random.default_rng(0).integers(n, size=(DRAWS, n))
+    drawn = np.array([statistic(row) for row in indices], float)  # (DRAWS, statistics)
     measured = []
     for value, column in zip(statistic(np.arange(n)), drawn.T, strict=True):
         defined = column[~np.isnan(column)]

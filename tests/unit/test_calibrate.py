@@ -68,8 +68,9 @@ def unreliable(question, text, before):
 
 
 @pytest.fixture
-def calibrate(tmp_path, capsys, no_key):
+def calibrate(tmp_path, capsys, no_key, monkeypatch):
     """calibrate(score, n rows or a file, *flags): what is printed, the records, the requests."""
+    monkeypatch.setattr(calibration, "DRAWS", 200)
     servers = []
 
     def run(score, data, *flags):
@@ -133,7 +134,7 @@ def planned_in(output):
 
 
 def test_a_perfect_judge_of_the_whole(calibrate):
-    output, records, _ = calibrate(perfect_of_the_whole, 8, *OUTCOME)
+    output, records, _ = calibrate(perfect_of_the_whole, 5, *OUTCOME)
     for name, score in zip(NAMES, ("5.00", "3.00", "3.00", "3.00", "3.00", "1.00"), strict=False):
         assert row_of(output, name)[0] == score, name
     assert row_of(output, "FNR") == row_of(output, "FPR") == ["0.00 [0.00, 0.00]"] * 3
@@ -148,7 +149,7 @@ def test_a_perfect_judge_of_the_whole(calibrate):
 
 def test_a_perfect_judge_of_steps(calibrate):
     """Every step is judged, and compared with what is known of it."""
-    output, records, requests = calibrate(perfect, 8)
+    output, records, requests = calibrate(perfect, 5)
     assert row_of(output, "the reference")[0] == "5.00"
     assert row_of(output, "last result wrong")[0] == "3.00"  # (5 + 1) / 2
     assert row_of(output, "another problem's")[0] == "1.00"

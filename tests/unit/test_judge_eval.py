@@ -3,6 +3,7 @@
 import json
 import re
 
+import calibrate
 import judge_eval
 import pytest
 import quotes
@@ -42,7 +43,9 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def judge_it(tmp_path, no_key, capsys):
+def judge_it(tmp_path, no_key, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "DRAWS", 200)
+
     def run(answer, *flags):
         def reply(request):
             if len(request["messages"]) == 1:  # the test call at the start
