@@ -11,12 +11,21 @@ the training loop has five parts:
                 rubric, and writes a score k from 1 to 5: one score for the whole completion
                 (Outcome) or one score for each of its steps (Process).
   3. advantage  The reward is s = (k - 1) / 4, which lies in 0..1.
-                Outcome: A = (s - mean) / std over the problem's G completions, for all tokens.
+                Outcome: A = (s - mean) / std over the problem's G completions. Every token of a
+                completion gets the same A.
                 Process: A_t = s_t - s_(t-1) for the tokens of step t, and A_1 = s_1 - s_last, so
                 that the advantages of all steps sum to 0: more steps alone gain nothing.
   4. update     PPO's clipped loss with these advantages, plus a small KL penalty that keeps the
                 policy close to the initial policy.
   5. log        Every number and every completion is written to disk.
+
+For example, take two completions of one problem, with three steps and with two:
+
+    Process    scores 1, 5, 5 and 5, 1    rewards 0, 1, 1 and 1, 0    A = -1, 1, 0 and 1, -1
+    Outcome    scores 4 and 2             rewards 0.75 and 0.25       A = 0.71 and -0.71
+
+No answer has to be correct for this. The judge sees which of the policy's own steps approach the
+reference. They become more likely, and with them the completions that reach the answer.
 
 Training with the judge's reward is stage 1, which the paper calls RL mid-training. Stage 2 runs the
 same loop from the model of stage 1 with the sparse reward (--method sparse): 1 for a correct answer
@@ -99,7 +108,7 @@ class TrainingSettings(Settings):
     _argument_group_name = "training"
     model: str = option(MISSING, "a hub id, a folder (RUN/final), or the bare name of a Qwen model")
     method: Literal["process", "outcome", "sparse"] = option(
-        "process", "a score per step, a score per completion, or correct or not (stage 2, no judge)"
+        "process", "a score per step, a score per completion, or 1 if correct (stage 2, no judge)"
     )
     out: str = option("", "run folder; if empty, runs/METHOD")
     resume: bool = option(False, "continue the run in --out, if there is one")
@@ -111,7 +120,8 @@ class TrainingSettings(Settings):
         8, "G, the completions of a problem; use more for harder problems (paper: 10 to 16)"
     )
     process_norm: Literal["delta", "end", "group"] = option(
-        "delta", "a step's baseline: the step before (the paper's choice), the last step, the group"
+        "delta",
+        "what is subtracted from a step's reward: the step before (the paper's), last, mean",
     )
     no_std: bool = option(
         False, "outcome, sparse: A = s - mean, without the division (the paper's stage 2)"
@@ -130,7 +140,7 @@ class TrainingSettings(Settings):
         0.26, "upper clip: 1 + CLIP_HIGH (paper: 0.26 for process, 0.28 for outcome)"
     )
     micro_batch: int = option(
-        4, "completions in one backward pass; lower it if memory runs out, nothing else changes"
+        4, "completions in one backward pass; lower it if memory runs out (same result)"
     )
     save_every: int = option(10, "iterations between checkpoints")
 
@@ -266,6 +276,7 @@ def load_problems(source, split, needed):
     return problems
 
 
+# ---- The sparse reward ---------------------------------------------------------------------------
 def is_correct(completion, answer):
     r"""Return whether the final answer of a completion equals the known answer.
 
@@ -357,8 +368,8 @@ def load_policy(name, problems, sampling):
 def mixed_precision(model):
     """Return a context in which a CUDA device computes in bf16, from weights that stay float32.
 
-    PyTorch keeps the bf16 copies of trained weights until the context ends. So one context goes
-    around each computation, and the copies never outlive an optimizer step.
+    PyTorch keeps bf16 copies of the trained weights until the context ends. After an optimizer step
+    a new context is needed, since these copies are copies of the old weights.
     """
     device = model.device.type
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -444,10 +455,10 @@ HELP = (
 class JudgeClient:
     """The connection to an LLM judge behind an OpenAI-compatible API, with a cache and a bill.
 
-    Replies that can be parsed are kept in RUN/../judge_cache.jsonl, and no kept reply is paid for
-    twice. All runs in the parent folder share this file. `paid` counts the requests and tokens of
-    this run. A resumed run reads its earlier count from RUN/judge_calls.jsonl. Stops if a first,
-    small call fails.
+    Replies that can be parsed are kept in RUN/../judge_cache.jsonl, and what is kept there is never
+    asked again. All runs in the parent folder share this file. `paid` counts the requests and
+    tokens of this run. A resumed run reads its earlier count from RUN/judge_calls.jsonl. Stops if a
+    first, small call fails.
     """
 
     def __init__(self, settings, method, out):
@@ -546,12 +557,16 @@ class Verdict:
 
 
 def check_answers(completions):
-    """The sparse reward: 1 for a correct answer and 0 otherwise. It does not need a judge."""
+    """Return the sparse reward: 1 for a correct answer and 0 otherwise."""
     return [Verdict([float(completion.correct)]) for completion in completions]
 
 
 class Judge(JudgeClient):
-    """An LLM judge. Calling it turns the completions of an iteration into verdicts."""
+    """An LLM judge. Calling it turns the completions of an iteration into verdicts.
+
+    `kind` is the kind of call: outcome, or --judge-input (together, prefix or alone, explained at
+    the top of judge_prompts.py). `ask` makes one call and returns (parsed reply, reply).
+    """
 
     def __call__(self, completions):
         """Return a verdict for each completion. Stops if most of the verdicts failed."""
@@ -568,7 +583,7 @@ class Judge(JudgeClient):
         return verdicts
 
     def make_rubric(self, problem):
-        """Return (rubric, reply). The rubric is "" with --rubric none, None if the judge failed."""
+        """Return (rubric, reply). If the judge failed, the rubric is None."""
         if self.settings.rubric == "none":
             return "", ""
         return self.ask(judge_prompts.judge_messages("rubric", problem), judge_prompts.parse_rubric)
@@ -603,7 +618,7 @@ def group_advantages(rewards, divide_by_std=True):
     """The rewards of a problem's G completions -> G advantages A = (s - mean) / (std + 1e-6).
 
     ExpRL-Outcome and GRPO with the sparse reward use it. std has the denominator n - 1. Without
-    `divide_by_std`, A = s - mean. A reward is None where the judge failed: that completion is left
+    `divide_by_std`, A = s - mean. A reward may be None (the judge failed): that completion is left
     out of mean and std, and gets 0. If all known rewards are equal, there is nothing to compare and
     all advantages are 0.
 
@@ -631,17 +646,17 @@ def step_advantages(step_rewards, norm):
     The formulas are the paper's. Delta rewards a step for the progress that it adds:
 
         [0.25, 1]    -> [-0.75, 0.75]     the weak first step becomes less likely
-        [0.75, 1, 1] -> [-0.25, 0.25, 0]  so does a good first step, if the ending is better
+        [0.75, 1, 1] -> [-0.25, 0.25, 0]  so does a good first step, if the last step is better
         [1, 1, 1]    -> [0, 0, 0]         no step adds anything, and only the KL penalty acts
-        [0, 0, 0]    -> [0, 0, 0]         likewise
+        [0, 0, 0]    -> [0, 0, 0]         the same
 
     A_1 subtracts s_last because the other differences add up to s_last - s_1. The sum over the
-    steps is then 0, so that more steps alone gain nothing. (The loss counts tokens, so the sum over
-    tokens need not be 0.) In the paper's released code a completion of one step gets A = s_1 under
-    delta, which rewards a policy for not writing steps. Here it gets 0.
+    steps is then 0, so that more steps alone gain nothing. (The loss averages over tokens, and
+    steps differ in length, so this is not exact.) In the paper's released code a completion of one
+    step gets A = s_1 under delta, which rewards a policy for not writing steps. Here it gets 0.
 
-    Delta does not compare completions with each other. A larger group only raises the chance that
-    some attempts at a hard problem contain both good and bad steps.
+    Delta does not compare completions with each other. A larger group raises the chance that some
+    attempts at a hard problem contain both good and bad steps.
 
     >>> [step_advantages([[0.25, 1.0], [0.5]], norm) for norm in ("delta", "end", "group")]
     [[[-0.75, 0.75], [0.0]], [[-0.75, 1.0], [0.5]], [[-0.3125, 0.4375], [-0.0625]]]
@@ -680,15 +695,18 @@ def compute_advantages(rewards: list, training: TrainingSettings) -> list[list[f
 def completion_logits(model, prompt_ids, completion_ids):
     """(P,) prompt and (B, T) completions of it -> (B, T, V), the logits that predict each token.
 
-    The logits at a token predict the token after it:
+    A plain forward pass over [prompt, completion] gives the same logits. This function computes
+    them with one pass over the prompt instead of B. The logits at a token predict the next token:
 
         the last prompt token -> y_1    y_1 -> y_2    ...    y_(T-1) -> y_T    y_T -> (dropped)
 
-    The prompt runs through the model once. Its cache (keys and values, past_key_values in older
-    versions of transformers) is then repeated for the B completions, and gradients flow through it.
-    The model counts positions from the length of the cache. An attention mask is not needed: the
-    prompt is not padded, the padding of a completion comes last, and causal attention only looks
-    back.
+    First the prompt alone runs through the model. It leaves a cache of keys and values, which is
+    repeated for the B completions. Then the completions run, and each of their tokens attends to
+    the cached prompt and to the tokens before it. Gradients flow through the cache. The model
+    counts positions from the length of the cache. An attention mask is not needed: the prompt has
+    no padding, and the padding of a completion comes last, where no real token sees it.
+
+    (Since version 5.24 transformers calls this argument `cache`. It was past_key_values before.)
     """
     n_completions = len(completion_ids)
     prompt = model(prompt_ids[None], use_cache=True, logits_to_keep=1)
@@ -701,8 +719,8 @@ def completion_logits(model, prompt_ids, completion_ids):
 def token_logprobs(model, prompt_ids, completion_ids, temperature):
     """(P,) prompt and (B, T) completions -> (B, T) float32 log-probs of the completions' tokens.
 
-    log pi(y_t | x, y_<t) = log_softmax(logits / temperature)[y_t], the distribution that was
-    sampled from. Entries of padded tokens have no meaning.
+    log pi(y_t | x, y_<t) = log_softmax(logits / temperature)[y_t], the distribution from which
+    `generate` sampled. Entries of padded tokens have no meaning.
     """
     logits = completion_logits(model, prompt_ids, completion_ids)  # (B, T, V)
     rows = []
@@ -732,16 +750,18 @@ def kl_to_initial(logp, logp_initial):
     """The k3 estimate of KL(policy || initial policy) at each sampled token: (N,) -> (N,), in nats.
 
     k3 = r - 1 - log r, with r = pi_initial(y_t) / pi(y_t), is the third estimator in a note by
-    Schulman (2020). It is never negative, because r - 1 >= log r. Its mean over samples of the
-    policy is KL(policy || initial policy). The samples are fixed when we take the gradient, and
-    then the mean of the gradient belongs to the KL in the other direction:
+    Schulman (2020). It is never negative, because r - 1 >= log r. Its mean over tokens sampled
+    from the policy is KL(policy || initial policy) at this position.
+
+    That is its value. Its gradient is another matter, because autograd does not differentiate
+    through the sampling. With grad r = -r grad log pi, and means over y_t at a given prefix:
 
         grad k3             = (1 - r) grad log pi
         E_pi[grad log pi]   = 0
         E_pi[r grad log pi] = E_initial[grad log pi]
         E_pi[grad k3]       = -E_initial[grad log pi] = grad KL(initial policy || policy)
 
-    Both KLs are 0 only where the two policies agree, so the penalty does its work.
+    Either KL is 0 only where the policies agree, so the penalty pulls in the intended direction.
 
     >>> kl_to_initial(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -1.0]))
     tensor([0.0000, 0.3679])
@@ -758,11 +778,10 @@ class MicroBatch:
     prompt_ids: Tensor  # (P,)
     completion_ids: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool, True at the N tokens that were sampled
-    logp_initial: Tensor | None = (
-        None  # (N,) under the initial policy; set if there is a KL penalty
-    )
-    logp_old: Tensor | None = None  # (N,) under the policy that sampled; set by grpo_loss
-    advantages: Tensor | None = None  # (N,); set by update, like is_judged
+    # The others are filled in on the way, by add_initial_logprobs, grpo_loss and update:
+    logp_initial: Tensor | None = None  # (N,) log-probs under the initial policy
+    logp_old: Tensor | None = None  # (N,) log-probs under the policy that sampled
+    advantages: Tensor | None = None  # (N,)
     is_judged: Tensor | None = None  # (N,) bool, False where the judge failed
 
     def logprobs(self, model):
@@ -814,21 +833,20 @@ def grpo_loss(model, batch, training):
 
 
 def update(model, optimizer, batches, advantages, training, loss=grpo_loss):
-    """Do the optimizer steps of an iteration. Return means over the tokens of the last one, to log.
+    """Do the optimizer steps of an iteration. Return what is logged of the last one.
 
     `advantages` has one entry per completion, in the order of the micro-batches. An entry is None
-    where the judge failed, and the loss leaves that completion out. All other tokens have the same
-    weight: one divided by the number of tokens of the whole optimizer step. Averaging per
-    completion would punish each token of a long wrong answer less. Averaging per micro-batch would
-    make the gradient depend on how the completions are divided. Raises RuntimeError if the gradient
-    is not finite.
+    where the judge failed, and the loss leaves that completion out. Every token of the others has
+    the weight 1 / (number of these tokens in the iteration). Averaging per completion would punish
+    each token of a long wrong answer less. Averaging per micro-batch would make the gradient depend
+    on how the completions are divided. Raises RuntimeError if the gradient is not finite.
     """
     remaining = iter(advantages)
     for batch in batches:
         spread, judged = [], []
         for completion in batch.completions:
             values = next(remaining)
-            spread += spread_over_tokens(completion, values or [0.0])
+            spread += spread_over_tokens(completion, values or [0.0])  # 0 will not be used
             judged += [values is not None] * len(completion.ids)
         batch.advantages = torch.tensor(spread, device=model.device)  # (N,)
         batch.is_judged = torch.tensor(judged, device=model.device)  # (N,)
@@ -920,7 +938,8 @@ def stop_on_signal():
 def check_sampler(model, prompt_ids):
     """Stop if `generate` does not sample from the distribution that the loss uses.
 
-    The first token of one prompt shows whether a top_k or a penalty of the model still acts.
+    The first token of one prompt shows whether a top_k or a penalty of the model still acts. Its
+    logits depend on the prompt only, and not on the token that was sampled.
     """
     prompt = torch.tensor([prompt_ids], device=model.device)  # (1, P)
     options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
@@ -936,7 +955,7 @@ def check_sampler(model, prompt_ids):
 def log(out, iteration, metrics, completions, verdicts, advantages, group_size):
     """Append an iteration's numbers to metrics.jsonl and its completions to rollouts.jsonl.
 
-    Returns the numbers. A reward that rises without the accuracy may be reward hacking.
+    Returns the numbers. If the reward rises and the accuracy does not, suspect reward hacking.
     """
     known = [fmean(verdict.rewards) for verdict in verdicts if verdict.rewards is not None]
     correct = [c.correct for c in completions if c.correct is not None]
@@ -991,7 +1010,7 @@ def train(
         seed = sampling.seed * 1_000_003 + iteration  # a resumed run draws the same again
         torch.manual_seed(seed)
         shuffled = random.Random(seed).sample(problems, len(problems))
-        drawn = shuffled[: training.prompts_per_iteration]
+        drawn = shuffled[: training.prompts_per_iteration]  # all of them, if there are fewer
         # 1. sample
         completions = sample(model, tokenizer, drawn, training.group_size, sampling.sample_batch)
         # 2. judge in the background, while the initial policy computes its log-probs

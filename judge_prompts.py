@@ -23,7 +23,6 @@ A brace in an inserted text is not read as a field, because each template is fil
 All texts are raw strings. In an ordinary string "\boxed" is a backspace followed by "oxed".
 """
 
-import bisect
 import hashlib
 import itertools
 import re
@@ -234,12 +233,13 @@ def split_steps(pieces: list[str]) -> list[tuple[int, int]]:
     text = "".join(pieces).rstrip()
     borders = [match.start() for match in re.finditer(r"^###", text, re.MULTILINE)]
     if not borders:
+        # A blank line may contain spaces.
         borders = [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]
     char_ends = list(itertools.accumulate(map(len, pieces)))  # where each token ends in the text
     has_words = re.compile(r"\w").search
     starts = [0]  # counted in tokens
     for border in borders:
-        start = bisect.bisect(char_ends, border)  # the number of tokens that end before the border
+        start = sum(end <= border for end in char_ends)  # tokens that end at or before the border
         before, after = "".join(pieces[starts[-1] : start]), "".join(pieces[start:])
         if has_words(before) and has_words(after):
             starts.append(start)

@@ -120,7 +120,7 @@ def wait_for(condition, seconds=60):
 
 def build_world(folder):
     """Make a toy world of 24 problems, in a few seconds. Its base model is seldom correct."""
-    toy_world.build(folder, seed=0, steps=250, n_train=24, n_held_out=1)
+    toy_world.build(folder, seed=0, steps=150, n_train=24, n_held_out=1)
 
 
 @dataclass

@@ -411,7 +411,7 @@ def calibrate(settings: CalibrateSettings, sampling, judging: AnyJudgeSettings) 
     repeated = [attempt for group in fewer for attempt in group]
     pairs = [(mean_scores([a], "right"), mean_scores([a], "again")) for a in repeated]
     differ = mean([first != second for first, second in pairs if first and second])
-    print(f"asked again, the judge gave {differ:.0%} another score")
+    print(f"asked again, the judge gave another score to {differ:.0%} of the attempts")
     print(f"{describe_bill(judge)}\nattempts and replies: {out / 'attempts.jsonl'}")
     recommend(groups, qualities["right"], method, judging.judge_input)
 

@@ -141,7 +141,7 @@ def test_a_perfect_judge_of_the_whole(calibrate):
     assert row_of(output, "misplacement") == ["0.00 [0.00, 0.00]"] * 3
     assert row_of(output, "AUROC") == ["1.00 [1.00, 1.00]"] * 3
     assert row_of(output, "failed") == ["0.0%"] * 3
-    assert "the judge gave 0% another score" in output
+    assert "another score to 0% of the attempts" in output
     assert recommendation_of(output).startswith("train with") and "uncertain" not in output
     replies = {reply for r in records for reply in r["right: replies"]}
     assert replies == {"Score: 5", "Score: 3", "Score: 1"}
@@ -201,7 +201,7 @@ def test_a_judge_that_throws_dice(calibrate):
     assert "its misplacement is 0." in recommendation_of(output)
     pairs = [(r["right"], r["again"]) for r in records if "again" in r]
     differ = sum(a != b for a, b in pairs) / len(pairs)
-    assert f"the judge gave {differ:.0%} another score" in output
+    assert f"another score to {differ:.0%} of" in output
     assert 0.5 < differ < 1 and len(pairs) == 40
 
 

@@ -166,10 +166,12 @@ class Letters:
     def __call__(self, text, add_special_tokens=True):
         return type("Encoding", (), {"input_ids": ["BOS"] * add_special_tokens + [*text]})
 
+    def get_chat_template(self):
+        return self.chat_template
+
     def apply_chat_template(self, messages, **options):
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, **options
-        )
+        options = {"chat_template": self.chat_template} | options
+        return self.tokenizer.apply_chat_template(messages, **options)
 
 
 def prompt_text(tokenizer, template, *args):
