@@ -1,9 +1,9 @@
 r"""ExpRL in one script: reinforcement learning on problems that the model cannot solve yet.
 
-RL with a sparse reward needs a correct answer now and then. On hard problems there is none, so
-there is nothing to reinforce. ExpRL (Exploratory RL, arXiv 2606.17024) uses the reference solution
-of each problem as a scaffold for the reward. The policy never sees this solution. One iteration of
-the training loop has five parts:
+RL with a sparse reward (1 for a correct answer, 0 otherwise) needs a correct answer now and then.
+On hard problems there is none, so there is nothing to reinforce. ExpRL (Exploratory RL, arXiv
+2606.17024) uses the reference solution of each problem as a scaffold for the reward. The policy
+never sees this solution. One iteration of the training loop has five parts:
 
   1. sample     The policy writes G completions of each problem. It sees only the question.
   2. judge      An LLM behind an API turns each reference into a rubric, a list of 2 to 6 items,
@@ -24,12 +24,13 @@ For example, take two completions of one problem, with three steps and with two:
     Process    scores 1, 5, 5 and 5, 1    rewards 0, 1, 1 and 1, 0    A = -1, 1, 0 and 1, -1
     Outcome    scores 4 and 2             rewards 0.75 and 0.25       A = 0.71 and -0.71
 
-No answer has to be correct for this. The judge sees which of the policy's own steps approach the
-reference. They become more likely, and with them the completions that reach the answer.
+No answer has to be correct for this. Under Process, a step becomes more likely if it scores higher
+than the step before it. Under Outcome, a completion does if it scores higher than its group. Step
+by step the policy comes closer to solutions that it could not reach at first.
 
 Training with the judge's reward is stage 1, which the paper calls RL mid-training. Stage 2 runs the
-same loop from the model of stage 1 with the sparse reward (--method sparse): 1 for a correct answer
-and 0 otherwise. Now there are correct answers to reinforce.
+same loop from the model of stage 1 with the sparse reward (--method sparse). Now there are correct
+answers to reinforce.
 
   python exprl.py --model Qwen2.5-0.5B                                            # stage 1 on GSM8K
   python exprl.py --model runs/process/final --method sparse --no-std --kl 0      # stage 2
@@ -120,8 +121,7 @@ class TrainingSettings(Settings):
         8, "G, the completions of a problem; use more for harder problems (paper: 10 to 16)"
     )
     process_norm: Literal["delta", "end", "group"] = option(
-        "delta",
-        "what is subtracted from a step's reward: the step before (the paper's), last, mean",
+        "delta", "a step's baseline: the step before (delta, the paper's), the last, or the group"
     )
     no_std: bool = option(
         False, "outcome, sparse: A = s - mean, without the division (the paper's stage 2)"
@@ -245,7 +245,7 @@ def read_problem(record, needed):
         solution, problem["answer"] = re.split("#### *", problem["answer"])
         problem["reference"] = re.sub(r"<<.*?>>", "", solution).strip()  # <<3*4=12>>: calculator
     elif not problem["answer"] and r"\boxed" in problem["reference"]:
-        problem["answer"] = str(parse(problem["reference"])[-1])  # parse gives [value, its text]
+        problem["answer"] = (parse(problem["reference"]) or [""])[-1]  # parse: [value, its text]
     for name in ("question", needed):
         if not problem[name]:
             raise ValueError(f"it has no {name}")
@@ -271,7 +271,7 @@ def load_problems(source, split, needed):
     try:
         for record in records:
             problems.append(read_problem(record, needed))
-    except (ValueError, AttributeError, IndexError) as error:
+    except (ValueError, AttributeError) as error:
         stop(f"--data {source}, line {len(problems) + 1} is malformed: {error}")
     return problems
 
@@ -313,7 +313,9 @@ def policy_prompt(tokenizer, question, instruction=INSTRUCTION):
         tokenize=False,
         add_generation_prompt=True,
         enable_thinking=False,  # Qwen3 would spend all its tokens on thoughts
-        strftime_now=lambda _: "1 Jan 2026",  # no date: a run resumed tomorrow must not differ
+        # A template that prints the date must not change the prompts of a run resumed tomorrow.
+        chat_template="{% macro strftime_now(_) %}1 Jan 2026{% endmacro %}"
+        + tokenizer.chat_template,
     )
     return tokenizer(chat, add_special_tokens=False).input_ids  # the template wrote the BOS token
 
@@ -369,7 +371,7 @@ def mixed_precision(model):
     """Return a context in which a CUDA device computes in bf16, from weights that stay float32.
 
     PyTorch keeps bf16 copies of the trained weights until the context ends. After an optimizer step
-    a new context is needed, since these copies are copies of the old weights.
+    a new context is needed, because the copies still hold the old weights.
     """
     device = model.device.type
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -400,7 +402,7 @@ def pad(rows, side, device):
 
 @dataclass
 class Completion:
-    """One sampled completion of one problem. Later stages read it and never change it."""
+    """One sampled completion of one problem. Nothing changes it later."""
 
     problem: dict  # question, reference, answer, domain
     text: str
@@ -442,7 +444,7 @@ def sample(model, tokenizer, problems, n, batch_size):
     return completions
 
 
-# ---- Judge client (plumbing): how a call travels, is cached and is paid for ----------------------
+# ---- Judge client (plumbing): transport, cache and bill ------------------------------------------
 PATIENCE = 600.0  # a call is tried again for this many seconds while the judge is unavailable
 PAUSE = 5.0  # seconds between two tries
 TRIES = 3  # a call fails after this many replies that cannot be parsed
@@ -455,10 +457,10 @@ HELP = (
 class JudgeClient:
     """The connection to an LLM judge behind an OpenAI-compatible API, with a cache and a bill.
 
-    Replies that can be parsed are kept in RUN/../judge_cache.jsonl, and what is kept there is never
-    asked again. All runs in the parent folder share this file. `paid` counts the requests and
-    tokens of this run. A resumed run reads its earlier count from RUN/judge_calls.jsonl. Stops if a
-    first, small call fails.
+    Replies that can be parsed are kept in RUN/../judge_cache.jsonl. A call whose reply is in this
+    file is not sent again. All runs in the parent folder share this file. `paid` counts the
+    requests and tokens of this run. A resumed run reads its earlier count from
+    RUN/judge_calls.jsonl. Stops if a first, small call fails.
     """
 
     def __init__(self, settings, method, out):
@@ -541,7 +543,9 @@ class JudgeClient:
         limit = self.settings.max_judge_calls
         with self.lock:
             if 0 < limit < self.paid["judge_calls"] + amounts.get("judge_calls", 0):
-                stop(f"--max-judge-calls {limit} is reached: raise it and use --resume")
+                stop(
+                    f"--max-judge-calls {limit} is reached: raise it (and use --resume to train on)"
+                )
             self.paid.update(amounts)
             append_jsonl(self.bill, [amounts])
 
@@ -617,10 +621,10 @@ class Judge(JudgeClient):
 def group_advantages(rewards, divide_by_std=True):
     """The rewards of a problem's G completions -> G advantages A = (s - mean) / (std + 1e-6).
 
-    ExpRL-Outcome and GRPO with the sparse reward use it. std has the denominator n - 1. Without
-    `divide_by_std`, A = s - mean. A reward may be None (the judge failed): that completion is left
-    out of mean and std, and gets 0. If all known rewards are equal, there is nothing to compare and
-    all advantages are 0.
+    ExpRL-Outcome uses it, and so does the sparse reward (GRPO: PPO with such advantages). std has
+    the denominator n - 1. Without `divide_by_std`, A = s - mean. A reward may be None (the judge
+    failed): that completion is left out of mean and std, and gets 0. If all known rewards are
+    equal, there is nothing to compare and all advantages are 0.
 
     >>> group_advantages([1.0, 0.0, None, 0.5], divide_by_std=False)
     [0.5, -0.5, 0.0, 0.0]
@@ -648,7 +652,7 @@ def step_advantages(step_rewards, norm):
         [0.25, 1]    -> [-0.75, 0.75]     the weak first step becomes less likely
         [0.75, 1, 1] -> [-0.25, 0.25, 0]  so does a good first step, if the last step is better
         [1, 1, 1]    -> [0, 0, 0]         no step adds anything, and only the KL penalty acts
-        [0, 0, 0]    -> [0, 0, 0]         the same
+        [0, 0, 0]    -> [0, 0, 0]         every step is bad, and still nothing is learned
 
     A_1 subtracts s_last because the other differences add up to s_last - s_1. The sum over the
     steps is then 0, so that more steps alone gain nothing. (The loss averages over tokens, and
@@ -724,7 +728,7 @@ def token_logprobs(model, prompt_ids, completion_ids, temperature):
     """
     logits = completion_logits(model, prompt_ids, completion_ids)  # (B, T, V)
     rows = []
-    for row, ids in zip(logits, completion_ids):  # one by one, since float32 copies are large
+    for row, ids in zip(logits, completion_ids):  # one by one, to hold one row's float32 logits
         logp = torch.log_softmax(row.float() / temperature, dim=-1)  # (T, V)
         rows.append(logp.gather(1, ids[:, None])[:, 0])  # (T,)
     return torch.stack(rows)
@@ -753,7 +757,7 @@ def kl_to_initial(logp, logp_initial):
     Schulman (2020). It is never negative, because r - 1 >= log r. Its mean over tokens sampled
     from the policy is KL(policy || initial policy) at this position.
 
-    That is its value. Its gradient is another matter, because autograd does not differentiate
+    The gradient of k3 is not the gradient of this KL, because autograd does not differentiate
     through the sampling. With grad r = -r grad log pi, and means over y_t at a given prefix:
 
         grad k3             = (1 - r) grad log pi
@@ -761,7 +765,7 @@ def kl_to_initial(logp, logp_initial):
         E_pi[r grad log pi] = E_initial[grad log pi]
         E_pi[grad k3]       = -E_initial[grad log pi] = grad KL(initial policy || policy)
 
-    Either KL is 0 only where the policies agree, so the penalty pulls in the intended direction.
+    Both KLs are 0 only where the policies agree, so the penalty pulls in the intended direction.
 
     >>> kl_to_initial(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -1.0]))
     tensor([0.0000, 0.3679])
@@ -833,7 +837,7 @@ def grpo_loss(model, batch, training):
 
 
 def update(model, optimizer, batches, advantages, training, loss=grpo_loss):
-    """Do the optimizer steps of an iteration. Return what is logged of the last one.
+    """Do the optimizer steps of an iteration. Return the means to log from the last one.
 
     `advantages` has one entry per completion, in the order of the micro-batches. An entry is None
     where the judge failed, and the loss leaves that completion out. Every token of the others has
@@ -867,7 +871,7 @@ def update(model, optimizer, batches, advantages, training, loss=grpo_loss):
 
 
 # ---- Run folder (plumbing) -----------------------------------------------------------------------
-# These settings may change when a run is resumed. They do not affect what is learned.
+# These settings may change when a run is resumed. They do not affect the iterations.
 MAY_CHANGE = {"resume", "iterations", "out", "save_every", "micro_batch"}
 MAY_CHANGE |= {"judge_url", "judge_threads", "max_judge_calls"}
 

@@ -29,10 +29,10 @@ import re
 
 # Each domain has five texts:
 #   problem    the name of the task, with "a" or "an"
-#   items      what a rubric lists ("Name the 2 to 6 ...")
-#   concrete   what each rubric item names
-#   compare    how to compare with the reference
-#   correct    what counts as correct, and what the key points of a solution are
+#   items      the contents of a rubric ("Name the 2 to 6 ...")
+#   concrete   the contents of a rubric item
+#   compare    the way to compare with the reference
+#   correct    the meaning of "correct", and the key points of a solution
 DOMAINS = {
     "math": {
         "problem": r"""a mathematics problem""",

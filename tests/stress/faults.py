@@ -353,18 +353,18 @@ def two_with_one_cache(world, out):
 
 
 def kill_at_random(world, out, times=20):
-    """Kill runs at random moments between their start and their end, and resume each."""
-    draw, begun = random.Random(0), time.monotonic()
-    assert world.train(out)[0] == 0
-    length, becomes = time.monotonic() - begun, Counter()
-    for i in range(times):
-        killed = world.place()
-        process, _ = world.start(killed)
-        process.join(length * (i + draw.random()) / times)
+    """Kill runs up to 0.3 seconds after the judge's reply 0, 1, 2, ..., and resume each."""
+    draw, outcomes = random.Random(0), Counter()
+    for n_replies in range(times):
+        killed, server = world.place(), Server()
+        process, _ = world.start(killed, "--judge-url", server.url)
+        wait_for(lambda n=n_replies, s=server: s.paid >= n)
+        process.join(draw.random() * 0.3)
         process.kill()
         process.join()
-        becomes[world.resume(killed)] += 1
-    said = ", ".join(f"{n} of {times} {how}" for how, n in becomes.items())
+        server.shutdown()
+        outcomes[world.resume(killed)] += 1
+    said = ", ".join(f"{n} of {times} {outcome}" for outcome, n in outcomes.items())
     return -9, "", "the iterations up to the last checkpoint", said
 
 

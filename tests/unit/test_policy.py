@@ -420,5 +420,3 @@ def test_a_log_survives_a_line_that_a_crash_cut_short(tmp_path):
     with path.open("a") as file:
         file.write('{"a": 3')
     assert exprl.read_jsonl(path) == [{"a": 1}, {"a": 2}]
-    exprl.append_jsonl(path, [{"a": 4}])
-    assert exprl.read_jsonl(path) == [{"a": 1}, {"a": 2}, {"a": 4}]
