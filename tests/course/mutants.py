@@ -483,6 +483,7 @@ def judge_messages(kind, row, rubric="", attempt=""):
         (
             "blank lines split beside ###",
             r"""    if not borders:
+        # A blank line may contain spaces.
         borders = [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]""",
             r"""    blank = [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]
     borders = sorted({*borders, *blank})""",
@@ -494,11 +495,11 @@ def judge_messages(kind, row, rubric="", attempt=""):
         ),
         ("each line is a step", r"\n[^\S\n]*\n\s*", r"\n\s*"),
         ("a line of blanks is no blank line", r"\n[^\S\n]*\n\s*", r"\n\n\s*"),
-        ("a border between tokens is one token early", "bisect.bisect(", "bisect.bisect_left("),
+        ("a border between tokens is one token early", "end <= border", "end < border"),
         (
             "a token across the border stays with the step before",
-            "bisect.bisect(char_ends, border)",
-            "bisect.bisect_left([0, *char_ends[:-1]], border)",
+            "sum(end <= border for end in char_ends)",
+            "sum(start < border for start in [0, *char_ends[:-1]])",
         ),
         (
             "crumbs are steps",
@@ -560,7 +561,7 @@ def split_steps(pieces):
     for cut in cuts or [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*", text)]:
         if re.search(r"\w", text[kept[-1] : cut]) and re.search(r"\w", text[cut:]):
             kept.append(cut)
-    starts = sorted({bisect.bisect(ends, cut) for cut in kept[:MAX_STEPS]})
+    starts = sorted({sum(end <= cut for end in ends) for cut in kept[:MAX_STEPS]})
     return list(zip(starts, [*starts[1:], len(pieces)])) if pieces else []
 """,
         ),

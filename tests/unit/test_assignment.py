@@ -293,6 +293,7 @@ def graded(handed_out, tmp_path_factory):
     return done.stdout, by_folder, folder
 
 
+@pytest.mark.stress
 def test_a_submission_can_lose_no_points_but_its_own(graded):
     output, rows, _ = graded
     assert [r["points"] for r in rows["solved"]] == [f.points for f in assignment.FUNCTIONS]
@@ -302,6 +303,7 @@ def test_a_submission_can_lose_no_points_but_its_own(graded):
     assert "stained" not in {path.name for path in graded[2].iterdir()}
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("function", NAMES)
 def test_an_attack_gets_no_points(graded, function):
     """Nor does it matter what it does instead: the reason is in one line, in words."""
@@ -312,6 +314,7 @@ def test_an_attack_gets_no_points(graded, function):
     assert "\n" not in row["failed"] and len(row["failed"]) < 900
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("function", NAMES)
 def test_an_attack_past_an_audit_hook_gets_no_points(graded, function):
     _, rows, folder = graded
@@ -350,6 +353,7 @@ def test_the_only_network_is_loopback_and_that_works():
     assert done.stdout.strip() == "[(1, 'lo')]", done.stderr
 
 
+@pytest.mark.stress
 def test_a_file_that_cannot_be_imported_costs_its_own_functions_only(graded):
     _, rows, _ = graded
     for row in rows["crash"]:  # all but judge_prompts.py need the broken exprl.py
@@ -375,6 +379,7 @@ def test_an_import_that_never_ends_is_a_failure(handed_out, tmp_path):
         assert ("not written yet" if is_alone else "5 seconds") in row["failed"]
 
 
+@pytest.mark.stress
 def test_csv_and_json_say_the_same(graded):
     _, rows, folder = graded
     with (folder / "grades.csv").open(newline="") as file:
