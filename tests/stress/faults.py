@@ -467,7 +467,6 @@ def all_faults():
     judge["503, after 9 calls, and the judge is back while the run waits"] = judge_is_back
     full = {
         "`settings.json`": partial(disk_is_full, "settings.json", 0.5, []),
-        "`judge_cache.jsonl`": partial(disk_is_full, "settings.json", 1.2, []),
         "`rollouts.jsonl`": partial(disk_is_full, "rollouts.jsonl", 0.75, ["--save-every", 2]),
         "`checkpoint.pt`": partial(disk_is_full, "checkpoint.pt", 0.75, []),
     }

@@ -84,7 +84,7 @@ def model_path(world: Path, name: str) -> Path:
 
 
 def eval_path(world: Path, name: str) -> Path:
-    """Where `exprl.py eval` writes the records of a model."""
+    """Where evaluate.py writes the records of a model."""
     return evaluate.eval_file(world / "eval", str(model_path(world, name)))
 
 
@@ -273,8 +273,8 @@ def markdown(rows: list[list[str]]) -> str:
 TEXT = """# The comparison on the toy world
 
 Made by `bash train_small.sh compare`: seeds {seeds}, each with its own problems and base model (the
-demonstration has seed 0). Stage 1: {stage1} steps with the method of the row. Stage 2: {stage2}
-steps of sparse-reward GRPO from there. {problems} held-out problems a seed, {n} completions of
+demonstration has seed 0). Stage 1 has {stage1} iterations of the row's method. Stage 2
+has {stage2} iterations of the sparse reward (GRPO) from there. {problems} held-out problems a seed, {n} completions of
 each. In percent, with 95% intervals.
 
 {table}
