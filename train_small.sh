@@ -43,7 +43,7 @@ if command -v flock >/dev/null; then
 fi
 
 if [ $# -eq 0 ]; then
-  heading "toy world: problems and base model ($runs); 5 to 10 minutes in all on 2 cores"
+  heading "toy world: problems and base model ($runs); about 6 minutes in all on 2 cores"
   [ -d "$base" ] || "$python" tests/toy/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}" --length "$length"
   rm -f "$runs/judge.url"
   "$python" tests/toy/toy_world.py judge --url-file "$runs/judge.url" &
