@@ -273,9 +273,9 @@ def markdown(rows: list[list[str]]) -> str:
 TEXT = """# The comparison on the toy world
 
 Made by `bash train_small.sh compare`: seeds {seeds}, each with its own problems and base model (the
-demonstration has seed 0). Stage 1 has {stage1} iterations of the row's method. Stage 2
-has {stage2} iterations of the sparse reward (GRPO) from there. {problems} held-out problems a seed, {n} completions of
-each. In percent, with 95% intervals.
+demonstration has seed 0). Stage 1 has {stage1} iterations of the row's method. Stage 2 has {stage2}
+iterations of the sparse reward (GRPO) from there. {problems} held-out problems per seed, {n}
+completions of each. In percent, with 95% intervals.
 
 {table}
 
