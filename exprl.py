@@ -350,9 +350,9 @@ def load_policy(name, problems, sampling):
     context = getattr(model.config, "max_position_embeddings", math.inf)
     if longest + sampling.max_new_tokens > context:
         stop(f"lower --max-new-tokens: the prompt needs {longest} of the model's {context} tokens")
-    # Make `generate` sample from softmax(logits / temperature), whose log-probs the loss trains. A
-    # model brings its own top_k, top_p and penalties (Qwen2.5: 20, 0.8, 1.1), and the library's
-    # default for top_k is 50. This configuration switches all of them off.
+    # Make `generate` sample from softmax(logits / temperature), the distribution that the loss
+    # uses. A model brings its own top_k, top_p and penalties (Qwen2.5: 20, 0.8, 1.1), and the
+    # library's default for top_k is 50. This configuration switches all of them off.
     ends = end_tokens(tokenizer, model)
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -509,8 +509,8 @@ class JudgeClient:
 
         Returns "" if the judge refuses this text (it is too long, or moderation rejects it), or if
         the length limit cuts the reply off. If the judge is unavailable, the request is sent again.
-        The run stops when no call was begun for `patience` seconds. A wrong key or model name stops
-        it at once.
+        The run stops if no thread has begun a new call for `patience` seconds. A wrong key or model
+        name stops it at once.
         """
         self.end = time.monotonic() + patience  # for all threads: a new call is a sign of life
         while True:
