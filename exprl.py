@@ -65,7 +65,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field
-from functools import cache, partial
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
@@ -192,9 +192,6 @@ class JudgeSettings(Settings):
 def stop(message):
     """End the program with one line that says what is wrong and what to do (exit status 1)."""
     raise SystemExit(f"exprl: {' '.join(message.split())}")
-
-
-report_once = cache(tqdm.write)  # prints each message only once
 
 
 def chunks(items, size):
@@ -394,9 +391,9 @@ def completion_mask(tokens, eos_ids):
 
 def pad(rows, side, device):
     """Pad B lists of token ids on one side -> (B, longest) ids, and (B, longest) bool mask."""
-    tensors = [torch.tensor(row) for row in rows]
+    tensors = [torch.tensor(row, device=device) for row in rows]
+    # -1 marks padding, since every token id is at least 0
     padded = pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side=side)
-    padded = padded.to(device)  # -1 marks padding, since every token id is at least 0
     return padded.clamp(min=0), padded >= 0
 
 
@@ -468,7 +465,7 @@ class JudgeClient:
         self.settings, self.lock = settings, threading.RLock()
         self.kind = settings.judge_input if method == "process" else "outcome"
         self.cache_file, self.bill = out.parent / "judge_cache.jsonl", out / "judge_calls.jsonl"
-        self.cache, self.paid = {}, Counter()
+        self.cache, self.reported, self.paid = {}, set(), Counter()
         for amounts in read_jsonl(self.bill):
             self.paid.update(amounts)
         try:
@@ -498,7 +495,13 @@ class JudgeClient:
             reply = self.request(conversation, PATIENCE)
             conversation += judge_prompts.ask_again(reply)
         with self.lock:
-            if parse_reply(reply) is not None and key not in self.cache:
+            if parse_reply(reply) is None:
+                self.report(
+                    "parse",
+                    f"a call failed. Its last reply ends with {reply[-100:]!r} "
+                    "('' means that the judge refused, or that max_tokens cut the reply off)",
+                )
+            elif key not in self.cache:
                 self.cache[key] = reply
                 append_jsonl(self.cache_file, [{"key": key, "reply": reply}])
             reply = self.cache.get(key, reply)  # another thread may have been first
@@ -522,8 +525,10 @@ class JudgeClient:
                 choice, usage = reply.choices[0], reply.usage
                 text = choice.message.content or ""
                 if usage:
-                    self.pay(prompt_tokens=usage.prompt_tokens or 0)
-                    self.pay(completion_tokens=usage.completion_tokens or 0)
+                    self.pay(
+                        prompt_tokens=usage.prompt_tokens or 0,
+                        completion_tokens=usage.completion_tokens or 0,
+                    )
                 if choice.finish_reason == "length":
                     return ""  # a truncated reply may contain a provisional score
                 return re.sub(r"^.*</think>|<think>.*", "", text, flags=re.DOTALL)
@@ -531,12 +536,19 @@ class JudgeClient:
                 status = getattr(error, "status_code", None)
                 if type(error) is not openai.APITimeoutError:
                     self.pay(judge_calls=-1)  # other errors cost nothing
-                report_once(f"{self.name}: {error}")
+                self.report(type(error), error)
                 if status in (400, 403, 413, 422) and patience > PAUSE:  # not in the first call
                     return ""
                 if status in (401, 402, 404) or time.monotonic() > self.end:
                     stop(f"{self.name} is unavailable: {error} {HELP}")
             time.sleep(PAUSE)
+
+    def report(self, kind, message):
+        """Print the first message of each kind."""
+        with self.lock:
+            if kind not in self.reported:
+                self.reported.add(kind)
+                tqdm.write(f"{self.name}: {message}")
 
     def pay(self, **amounts):
         """Add to what this run has paid, in memory and on disk. Stops at --max-judge-calls."""
@@ -583,7 +595,7 @@ class Judge(JudgeClient):
             verdicts = list(threads.map(self.judge, completions, rubric_of_each))
         failed = [verdict.replies for verdict in verdicts if verdict.rewards is None]
         if len(failed) > len(verdicts) / 2:
-            stop(f"{self.name} failed on most completions. Its last reply: {failed[-1][-1]}")
+            stop(f"{self.name} failed on most completions: the last reply is {failed[-1][-1]!r}")
         return verdicts
 
     def make_rubric(self, problem):
@@ -675,23 +687,22 @@ def step_advantages(step_rewards, norm):
     raise ValueError(f"norm {norm!r} is not delta, end or group")
 
 
-def compute_advantages(rewards: list, training: TrainingSettings) -> list[list[float] | None]:
+def compute_advantages(rewards, training):
     """The rewards of all completions, group after group -> advantages of the same shape.
 
     A completion whose reward is None (the judge failed) gets the advantage None. It counts neither
     in the mean of its group nor in the loss.
     """
-    advantages = [None] * len(rewards)
-    for group in chunks(range(len(rewards)), training.group_size):
-        judged = [i for i in group if rewards[i] is not None]
-        known = [rewards[i] for i in judged]
+    advantages = []
+    for group in chunks(rewards, training.group_size):
+        known = [reward for reward in group if reward is not None]
         if training.method == "process":
             values = step_advantages(known, training.process_norm)
         else:
             outcomes = group_advantages([reward[0] for reward in known], not training.no_std)
             values = [[advantage] for advantage in outcomes]
-        for i, value in zip(judged, values):
-            advantages[i] = value
+        remaining = iter(values)
+        advantages += [None if reward is None else next(remaining) for reward in group]
     return advantages
 
 
@@ -872,8 +883,16 @@ def update(model, optimizer, batches, advantages, training, loss=grpo_loss):
 
 # ---- Run folder (plumbing) -----------------------------------------------------------------------
 # These settings may change when a run is resumed. They do not affect the iterations.
-MAY_CHANGE = {"resume", "iterations", "out", "save_every", "micro_batch"}
-MAY_CHANGE |= {"judge_url", "judge_threads", "max_judge_calls"}
+MAY_CHANGE = {
+    "resume",
+    "iterations",
+    "out",
+    "save_every",
+    "micro_batch",
+    "judge_url",
+    "judge_threads",
+    "max_judge_calls",
+}
 
 
 def open_run(out, settings):
@@ -946,9 +965,14 @@ def check_sampler(model, prompt_ids):
     logits depend on the prompt only, and not on the token that was sampled.
     """
     prompt = torch.tensor([prompt_ids], device=model.device)  # (1, P)
-    options = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
     with mixed_precision(model):
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=1,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
         logits = completion_logits(model, prompt[0], out.sequences[:, -1:])[:, 0]  # (1, V)
     # The scores are the logits after everything that `generate` does to them.
     error = out.scores[0] * model.generation_config.temperature - logits
@@ -1009,7 +1033,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))  # weight decay 0.01
     done = load_checkpoint(out / "checkpoint.pt", model, optimizer)
     background, stopping = ThreadPoolExecutor(1), stop_on_signal()
-    bar = trange(done + 1, training.iterations + 1, desc=str(out))
+    bar = trange(done + 1, training.iterations + 1, desc=f"{out}")
     for iteration in bar:
         seed = sampling.seed * 1_000_003 + iteration  # a resumed run draws the same again
         torch.manual_seed(seed)

@@ -43,12 +43,13 @@ if command -v flock >/dev/null; then
 fi
 
 if [ $# -eq 0 ]; then
-  heading "toy world: problems and base model ($runs); about 6 minutes in all on 2 cores"
-  [ -d "$base" ] || "$python" tests/toy/toy_world.py build "$runs" --steps "${BASE_STEPS:-1000}" --length "$length"
+  heading "toy world: problems and base model ($runs); about 5 minutes in all on 2 cores"
   rm -f "$runs/judge.url"
   "$python" tests/toy/toy_world.py judge --url-file "$runs/judge.url" &
   in_background=$!
   trap 'kill $in_background 2>/dev/null || true' EXIT
+  [ -d "$base" ] || OMP_NUM_THREADS=2 "$python" tests/toy/toy_world.py build "$runs" \
+    --steps "${BASE_STEPS:-1000}" --length "$length"
   for _ in $(seq 300); do
     [ -f "$runs/judge.url" ] && break
     sleep 0.1
@@ -61,29 +62,32 @@ elif [ ! -f "$problems" ]; then
   evaluate --model "$base" --data "${TRAIN:-gsm8k}" --split train --problems "${TRAIN_PROBLEMS:-1000}" \
     --samples 4 --save-hard "$problems" --out "$runs/eval-train" "${sampling[@]}"
 fi
-control() { train --method sparse --model "$base" --out "$runs/sparse-only" --iterations $((stage1 + stage2)); }
+evaluate_held_out() { evaluate --model "$@" "${held_out[@]}" "${sampling[@]}"; }
+control() {
+  train --method sparse --model "$base" --out "$runs/sparse-only" --iterations $((stage1 + stage2))
+  evaluate_held_out "$base" "$runs/sparse-only/final"
+}
 
-heading "1/5 the base model, on held-out problems"
-evaluate --model "$base" "${held_out[@]}" "${sampling[@]}"
 if [ $# -eq 0 ]; then  # the second core has nothing else to do
   control >"$runs/sparse-only.log" 2>&1 &
   control_process=$!
   in_background="$in_background $control_process"
 fi
-heading "2/5 stage 1: ExpRL-Process, $stage1 iterations. The judge reads the references, the policy does not"
+heading "1/4 stage 1: ExpRL-Process, $stage1 iterations. The judge reads the references, the policy does not"
 train --method process --model "$base" --out "$runs/process" --iterations "$stage1" "${judge[@]}"
-heading "3/5 stage 2: sparse reward, $stage2 iterations, from the model of stage 1"
+heading "2/4 stage 2: sparse reward, $stage2 iterations, from the model of stage 1"
 train --method sparse --model "$runs/process/final" --out "$runs/process-then-sparse" --iterations "$stage2"
-heading "4/5 the control: sparse reward from the base model, $((stage1 + stage2)) iterations"
+heading "3/4 the control: sparse reward from the base model, $((stage1 + stage2)) iterations"
 if [ $# -eq 0 ]; then
   echo "(it runs at the same time as the stages above; its output is in $runs/sparse-only.log)"
-  wait "$control_process" || { tail -n 3 "$runs/sparse-only.log" >&2; exit 1; }
 else
   control
 fi
-heading "5/5 all of them, on held-out problems"
-evaluate --model "$base" "$runs/process/final" "$runs/process-then-sparse/final" \
-  "$runs/sparse-only/final" "${held_out[@]}" "${sampling[@]}"
+heading "4/4 all of them, on held-out problems"
+evaluate_held_out "$runs/process/final" "$runs/process-then-sparse/final" >/dev/null  # the report has all
+if [ $# -eq 0 ]; then
+  wait "$control_process" || { tail -n 3 "$runs/sparse-only.log" >&2; exit 1; }
+fi
 "$python" tests/tools/report.py "$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" \
   "$runs"/eval/*.jsonl --out "$runs/report.html" --figure "$runs/curves.png"
 echo

@@ -48,6 +48,7 @@ SIZES = (
 )
 
 COMPLETIONS = 8  # completions in an iteration
+KEY = "sk-which-nobody-may-see"
 
 
 # ---- A judge that breaks -------------------------------------------------------------------------
@@ -100,6 +101,7 @@ def train_in_child(arguments, output, patience, timeout, file_size):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    os.environ["OPENAI_API_KEY"] = KEY
     exprl.PATIENCE, exprl.PAUSE = patience, 0.1
     openai.OpenAI = partial(openai.OpenAI, timeout=timeout)
     _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -71,12 +71,16 @@ def memory_and_files(pid):
         return memory, len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def train(world, settings, judge, kill_every):
-    """Train -> (folder of the run, number of kills, [(iterations, MB, open files), ...])."""
+def train(world, settings, judge, kill_every, *more, **limits):
+    """Train -> (folder of the run, number of kills, [(iterations, MB, open files), ...]).
+
+    `more` are flags of exprl.py, and `limits` are those of faults.World.start.
+    """
     out, kills, seen, draw = world.place(), 0, [], random.Random(settings.seed)
     flags = ["--iterations", settings.iterations, "--save-every", 2, "--judge-url", judge.url]
-    flags += ["--judge-options", "{}"]
-    process, output = world.start(out, *flags, patience=60)
+    flags += ["--judge-options", "{}", *more]
+    limits = {"patience": 60} | limits
+    process, output = world.start(out, *flags, **limits)
     while process.is_alive():
         process.join(0.05)
         log = out / "metrics.jsonl"
@@ -91,7 +95,7 @@ def train(world, settings, judge, kill_every):
             kills += 1
             records = exprl.read_jsonl(out.parent / "judge_cache.jsonl")
             judge.kept = {record["key"] for record in records}
-            process, output = world.start(out, "--resume", *flags, patience=60)
+            process, output = world.start(out, "--resume", *flags, **limits)
     status, words = faults.result(process, output)
     if status:
         exprl.stop(f"the run stopped: {words}")

@@ -103,17 +103,19 @@ def count_correct(name: str, problems: list[dict], settings: EvalSettings, sampl
     return counts
 
 
-def table(rates: dict[str, dict]) -> str:
-    """Lay out {model: pass_rates} as a text table, in percent."""
-    width = max(len(name) for name in rates)
-    lines = [" " * width + "".join(f"{f'pass@{k}':>22}" for k in next(iter(rates.values())))]
-    for name, by_k in rates.items():
-        cells = [
-            f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-            for mean, low, high in by_k.values()
-        ]
-        lines.append(f"{name:{width}}" + "".join(f"{cell:>22}" for cell in cells))
-    return "\n".join(lines)
+def table(evaluations: dict[str, list[dict]]) -> str:
+    """Lay out pass@k of {model: records of count_correct} as a text table, in percent."""
+    width, most = max(map(len, evaluations)), {}
+    lines = []
+    for name, counts in evaluations.items():
+        rates = pass_rates(counts)
+        most = max(most, rates, key=len)
+        size = f"{len(counts)} x {counts[0]['n']}"
+        cells = [f"{100 * p:.1f} [{100 * a:.1f}, {100 * b:.1f}]" for p, a, b in rates.values()]
+        lines.append(f"{name:{width}}{size:>20}" + "".join(f"{cell:>22}" for cell in cells))
+    head = " " * width + f"{'problems x samples':>20}" + "".join(f"{f'pass@{k}':>22}" for k in most)
+    note = "pass@k: at least one of k completions is correct; %, with 95% bootstrap intervals"
+    return "\n".join([note, head, *lines])
 
 
 def evaluate(settings: EvalSettings, sampling: exprl.SamplingSettings) -> None:
@@ -121,18 +123,16 @@ def evaluate(settings: EvalSettings, sampling: exprl.SamplingSettings) -> None:
     problems = exprl.load_problems(sampling.data, settings.split, "answer")
     problems = choose(problems, settings.problems)
     Path(settings.out).mkdir(parents=True, exist_ok=True)
-    rates = {}
+    evaluations = {}
     for name in settings.model:
-        counts = count_correct(name, problems, settings, sampling)
-        rates[name] = pass_rates(counts)
+        evaluations[name] = count_correct(name, problems, settings, sampling)
         print(f"{name}: completions in {eval_file(settings.out, name)}")
     if settings.save_hard:
-        hard = [record for record in counts if not record["correct"]]
+        hard = [record for record in evaluations[name] if not record["correct"]]
         Path(settings.save_hard).unlink(missing_ok=True)
         exprl.append_jsonl(Path(settings.save_hard), hard)
         print(f"{settings.save_hard}: the {len(hard)} problems that {name} never solves")
-    print(f"\n% of {len(problems)} problems, {settings.samples} completions of each")
-    print(f"(pass@k: at least one of k is correct; with 95% bootstrap intervals)\n{table(rates)}")
+    print(f"\n{table(evaluations)}")
 
 
 if __name__ == "__main__":

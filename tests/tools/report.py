@@ -28,7 +28,7 @@ from matplotlib import colors, pyplot
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
-from evaluate import pass_rates  # noqa: E402
+from evaluate import pass_rates, table  # noqa: E402
 
 import exprl  # noqa: E402
 
@@ -397,7 +397,7 @@ def write_page(shown: list[Shown], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the runs and evaluations, write the page and the picture, and print a line per run."""
+    """Read the runs and evaluations, write the page and the picture, and print the numbers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -420,6 +420,10 @@ def main(argv: list[str] | None = None) -> None:
     for run in shown:
         if run.metrics:
             print(describe_run(run))
+    evaluated = [run for run in shown if run.counts]
+    if evaluated:
+        evaluated.sort(key=lambda run: bool(run.metrics))  # models that were not trained come first
+        print(table({run.counts[0].get("model", run.name): run.counts for run in evaluated}))
     print(f"figure: {args.figure}\nreport: {args.out}")
 
 

@@ -282,6 +282,22 @@ def test_one_color_for_a_run_and_its_evaluation_and_stage_2_after_stage_1(tmp_pa
     pyplot.close("all")
 
 
+def test_the_table_has_each_evaluation_with_its_own_size_and_the_base_model_first(tmp_path, capsys):
+    run = make_run(tmp_path / "one", "base", 2, reward=0.1)
+    after, before = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write(after, [{"n": 4, "correct": 1, "model": f"{run}/final"}] * 3)
+    write(before, [{"n": 2, "correct": 0, "model": "base"}] * 5)
+    report(tmp_path / "page.html", run, after, before)
+    _, table = capsys.readouterr().out.split("intervals\n")
+    rows = [line.split("  ") for line in table.splitlines()[:3]]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert rows == [
+        ["problems x samples", "pass@1", "pass@2", "pass@4"],
+        ["base", "5 x 2", "0.0 [0.0, 0.0]", "0.0 [0.0, 0.0]"],
+        [f"{run}/final", "3 x 4", "25.0 [25.0, 25.0]", "50.0 [50.0, 50.0]", "100.0 [100.0, 100.0]"],
+    ]
+
+
 def test_a_circle_of_runs_is_not_an_endless_loop(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     make_run(one, two / "final", 5, reward=0.1)
