@@ -219,7 +219,8 @@ def test_the_number_of_judge_calls_follows_from_the_defaults():
     training = exprl.TrainingSettings(model="any")
     problems = training.iterations * training.prompts_per_iteration
     calls = problems * (training.group_size + 1)
-    assert f"{calls:,}" in PAGES[TESTS / "docs" / "gpu.md"]
+    assert f"{calls:,}" in PAGES[TESTS / "docs" / "judges.md"]
+    assert f"{calls:,}" in PAGES[README]
     assert exprl.JudgeSettings().judge_model in PAGES[README]
 
 
