@@ -164,14 +164,21 @@ def test_a_page_has_no_path_of_one_machine(page):
     assert not re.search(r"(?<![\w.])/(work|tmp|home|root|Users|mnt)/", PAGES[page])
 
 
-def test_a_run_writes_what_the_readme_says(train, tmp_path):
+def keys_of(page, heading):
+    """Return what stands between backquotes in the first column of the table under a heading."""
+    part = PAGES[page].split(f"## {heading}\n")[1].split("\n## ")[0]
+    first = re.findall(r"^\| (`.*?) \|", part, re.MULTILINE)
+    return {name for cell in first for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_a_run_writes_what_its_page_says(train, tmp_path):
     run = train(tmp_path / "runs" / "run")
-    part = README.read_text().split("## What a run writes")[1].split("\n## ")[0]
-    rows = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", part, re.MULTILINE))
-    assert {*rows} == {f"{path.name}{'/' * path.is_dir()}" for path in run.iterdir()}
+    page = TESTS / "docs" / "outputs.md"
+    files = {f"{path.name}{'/' * path.is_dir()}" for path in run.iterdir()}
+    assert keys_of(page, "The folder of a run") - {"runs/NAME/"} == files
     assert (run.parent / "judge_cache.jsonl").exists()
-    logged = {*read(run / "metrics.jsonl")[0]} - {"iteration"}
-    assert {*re.findall(r"`(\w+)`", rows["metrics.jsonl"])} == logged
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert keys_of(page, name) == {*read(run / name)[0]}
 
 
 # ---- Numbers -------------------------------------------------------------------------------------
