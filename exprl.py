@@ -25,8 +25,8 @@ For example, take two completions of one problem, with three steps and with two:
     Outcome    scores 4 and 2             rewards 0.75 and 0.25       A = 0.71 and -0.71
 
 No answer has to be correct for this. Under Process, a step becomes more likely if it scores higher
-than the step before it. Under Outcome, a completion does if it scores higher than its group. Step
-by step the policy comes closer to solutions that it could not reach at first.
+than the step before it. Under Outcome, a completion does if it scores higher than the mean of its
+group. Step by step the policy can come closer to solutions that it could not reach at first.
 
 Training with the judge's reward is stage 1, which the paper calls RL mid-training. Stage 2 runs the
 same loop from the model of stage 1 with the sparse reward (--method sparse). Now there are correct
@@ -121,7 +121,7 @@ class TrainingSettings(Settings):
         8, "G, the completions of a problem; use more for harder problems (paper: 10 to 16)"
     )
     process_norm: Literal["delta", "end", "group"] = option(
-        "delta", "a step's baseline: the step before (delta, the paper's), the last, or the group"
+        "delta", "subtract the reward of the step before (delta), of the last, or of the group"
     )
     no_std: bool = option(
         False, "outcome, sparse: A = s - mean, without the division (the paper's stage 2)"
@@ -168,7 +168,7 @@ class JudgeSettings(Settings):
         "gpt-4.1-mini", "name of the judge at its API (paper: Qwen3-4B-Instruct-2507)"
     )
     judge_url: str = option(
-        "", "address of the judge's API; the default is OPENAI_BASE_URL, or else OpenAI's address"
+        "", "address of the judge's API; if empty, OPENAI_BASE_URL or otherwise OpenAI's address"
     )
     judge_options: str = option(
         '{"temperature": 0, "max_tokens": 2048}', "JSON object, sent with every call (the paper's)"
@@ -327,7 +327,7 @@ def end_tokens(tokenizer, model):
     ids = [tokenizer.get_vocab().get(token) for token in END_OF_TURN] + [tokenizer.eos_token_id]
     configured = model.generation_config.eos_token_id
     ids += configured if isinstance(configured, list) else [configured]
-    return sorted({*ids} - {None}) or stop("the model has no end-of-sequence token")
+    return sorted({*ids} - {None}) or stop("the model has no end-of-sequence token: choose another")
 
 
 def load_policy(name, problems, sampling):
@@ -342,11 +342,11 @@ def load_policy(name, problems, sampling):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except Exception as error:  # the hub's errors do not have a common base class
-        stop(f"--model {name} is neither a model folder nor a model on the hub: {error}")
+        stop(f"--model {name} cannot be loaded; give a hub id or a model folder: {error}")
     longest = max(len(policy_prompt(tokenizer, problem["question"])) for problem in problems)
     context = getattr(model.config, "max_position_embeddings", math.inf)
     if longest + sampling.max_new_tokens > context:
-        stop(f"lower --max-new-tokens: the prompt needs {longest} of the model's {context} tokens")
+        stop(f"lower --max-new-tokens to {context - longest}: the context has {context} tokens")
     # Make `generate` sample from softmax(logits / temperature), the distribution that the loss
     # uses. A model brings its own top_k, top_p and penalties (Qwen2.5: 20, 0.8, 1.1), and the
     # library's default for top_k is 50. This configuration switches all of them off.
@@ -555,9 +555,7 @@ class JudgeClient:
         limit = self.settings.max_judge_calls
         with self.lock:
             if 0 < limit < self.paid["judge_calls"] + amounts.get("judge_calls", 0):
-                stop(
-                    f"--max-judge-calls {limit} is reached: raise it (and use --resume to train on)"
-                )
+                stop(f"--max-judge-calls {limit} is reached: raise it (and continue with --resume)")
             self.paid.update(amounts)
             append_jsonl(self.bill, [amounts])
 
@@ -882,7 +880,7 @@ def update(model, optimizer, batches, advantages, training, loss=grpo_loss):
 
 
 # ---- Run folder (plumbing) -----------------------------------------------------------------------
-# These settings may change when a run is resumed. They do not affect the iterations.
+# These settings may change when a run is resumed. They do not change what an iteration computes.
 MAY_CHANGE = {
     "resume",
     "iterations",
@@ -910,7 +908,7 @@ def open_run(out, settings):
     before = json.loads(file.read_text())
     for name in settings.keys() - MAY_CHANGE:
         if settings[name] != before[name]:
-            stop(f"{out} was started with {name} {before[name]}, not {settings[name]}")
+            stop(f"{out} has --{name.replace('_', '-')} {before[name]}, not {settings[name]}")
 
 
 def save_checkpoint(file, iteration, model, optimizer):
@@ -977,7 +975,7 @@ def check_sampler(model, prompt_ids):
     # The scores are the logits after everything that `generate` does to them.
     error = out.scores[0] * model.generation_config.temperature - logits
     if not error.abs().max() < 0.5:  # bf16 is coarse, but a top_k makes the error infinite
-        stop("`generate` does not sample from softmax(logits / temperature), which the loss trains")
+        stop("this model changes the probabilities while sampling (top_k, a penalty): take another")
 
 
 def log(out, iteration, metrics, completions, verdicts, advantages, group_size):

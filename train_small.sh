@@ -3,12 +3,12 @@
 #   bash train_small.sh                 the toy world: CPU, no key, no download but the packages
 #   bash train_small.sh compare         the toy world again: all methods and baselines, both stages,
 #                                       ablations of the judge, 3 seeds (about an hour on 2 cores)
-#   bash train_small.sh Qwen2.5-0.5B    the same on GSM8K, for one GPU; the judge is OpenAI's (set
-#                                       OPENAI_API_KEY) or your own (set JUDGE_URL and JUDGE_MODEL)
+#   bash train_small.sh Qwen2.5-0.5B    both stages and the control on GSM8K, for one GPU; the judge is
+#                                       OpenAI's (set OPENAI_API_KEY) or yours (JUDGE_URL, JUDGE_MODEL)
 # STAGE1 and STAGE2 in the environment set the numbers of iterations, RUNS sets the folder of the
 # runs, and SEEDS and SYSTEMS set what `compare` compares. With another RUNS you can also change the
 # toy world: LENGTH=8 makes problems of eight operations, and JUDGE_MODEL=toy-judge-lies-20 makes the
-# toy judge turn 20% of its scores round.
+# toy judge invert 20% of its scores.
 set -euo pipefail
 cd "$(dirname "$0")"
 . tests/setup.sh
