@@ -25,8 +25,9 @@ For example, take two completions of one problem, with three steps and with two:
     Outcome    scores 4 and 2             rewards 0.75 and 0.25       A = 0.71 and -0.71
 
 No answer has to be correct for this. Under Process, a step becomes more likely if it scores higher
-than the step before it. Under Outcome, a completion does if it scores higher than the mean of its
-group. Step by step the policy can come closer to solutions that it could not reach at first.
+than the step before it. The first step does so if it scores higher than the last. Under Outcome, a
+completion becomes more likely if it scores higher than the mean of its group. Step by step the
+policy can come closer to solutions that it could not reach at first.
 
 Training with the judge's reward is stage 1, which the paper calls RL mid-training. Stage 2 runs the
 same loop from the model of stage 1 with the sparse reward (--method sparse). Now there are correct
@@ -109,7 +110,7 @@ class TrainingSettings(Settings):
     _argument_group_name = "training"
     model: str = option(MISSING, "a hub id, a folder (RUN/final), or the bare name of a Qwen model")
     method: Literal["process", "outcome", "sparse"] = option(
-        "process", "a score per step, a score per completion, or 1 if correct (stage 2, no judge)"
+        "process", "process: a score per step. outcome: one per completion. sparse: 1 if correct"
     )
     out: str = option("", "run folder; if empty, runs/METHOD")
     resume: bool = option(False, "continue the run in --out, if there is one")
@@ -121,10 +122,10 @@ class TrainingSettings(Settings):
         8, "G, the completions of a problem; use more for harder problems (paper: 10 to 16)"
     )
     process_norm: Literal["delta", "end", "group"] = option(
-        "delta", "subtract the reward of the step before (delta), of the last, or of the group"
+        "delta", "subtract the reward of the step before (delta), the last (end), or the group"
     )
     no_std: bool = option(
-        False, "outcome, sparse: A = s - mean, without the division (the paper's stage 2)"
+        False, "outcome, sparse: do not divide A by the group's std (the paper's stage 2)"
     )
     optimizer_steps: int = option(
         1, "passes over an iteration's completions; with 1, clipping has no effect (paper: 1 to 2)"
@@ -177,11 +178,11 @@ class JudgeSettings(Settings):
     judge_input: Literal["together", "prefix", "alone"] = option(
         "together",
         "what the judge sees in one call under --method process. together: all steps, to score "
-        "each of them (ours: one call per completion). prefix: a step and the steps before it (the "
-        "paper's words). alone: one step (the paper's released code)",
+        "each of them (ours: one call per completion). prefix: a step and the steps before it (as "
+        "in the paper). alone: one step (as in the paper's released code)",
     )
     rubric: Literal["reference", "none"] = option(
-        "reference", "a rubric made from the reference (the paper's words), or none (its code)"
+        "reference", "a rubric from the reference (as in the paper), or none (as in its code)"
     )
     max_judge_calls: int = option(
         0, "stop when the run has paid for this many judge calls; 0: no limit"
@@ -247,7 +248,7 @@ def read_problem(record, needed):
         if not problem[name]:
             raise ValueError(f"it has no {name}")
     if problem["domain"] not in judge_prompts.DOMAINS:
-        raise ValueError(f"it has an unknown domain, {problem['domain']}")
+        raise ValueError(f"its domain {problem['domain']} is not math, science or code")
     return problem
 
 
@@ -269,7 +270,7 @@ def load_problems(source, split, needed):
         for record in records:
             problems.append(read_problem(record, needed))
     except (ValueError, AttributeError) as error:
-        stop(f"--data {source}, line {len(problems) + 1} is malformed: {error}")
+        stop(f"--data {source}, record {len(problems) + 1} cannot be used: {error}")
     return problems
 
 
@@ -327,7 +328,7 @@ def end_tokens(tokenizer, model):
     ids = [tokenizer.get_vocab().get(token) for token in END_OF_TURN] + [tokenizer.eos_token_id]
     configured = model.generation_config.eos_token_id
     ids += configured if isinstance(configured, list) else [configured]
-    return sorted({*ids} - {None}) or stop("the model has no end-of-sequence token: choose another")
+    return sorted({*ids} - {None}) or stop("no end-of-sequence token: choose another --model")
 
 
 def load_policy(name, problems, sampling):
@@ -346,7 +347,7 @@ def load_policy(name, problems, sampling):
     longest = max(len(policy_prompt(tokenizer, problem["question"])) for problem in problems)
     context = getattr(model.config, "max_position_embeddings", math.inf)
     if longest + sampling.max_new_tokens > context:
-        stop(f"lower --max-new-tokens to {context - longest}: the context has {context} tokens")
+        stop(f"lower --max-new-tokens: a prompt has {longest} of the context's {context} tokens")
     # Make `generate` sample from softmax(logits / temperature), the distribution that the loss
     # uses. A model brings its own top_k, top_p and penalties (Qwen2.5: 20, 0.8, 1.1), and the
     # library's default for top_k is 50. This configuration switches all of them off.
@@ -447,7 +448,7 @@ PAUSE = 5.0  # seconds between two tries
 TRIES = 3  # a call fails after this many replies that cannot be parsed
 HELP = (
     "(Check OPENAI_API_KEY, --judge-url http://HOST:PORT/v1, --judge-model and "
-    """--judge-options '{"temperature": 0, "max_tokens": 2048}'. Use --resume to continue a run.)"""
+    """--judge-options '{"temperature": 0, "max_tokens": 2048}'. --resume continues a run.)"""
 )
 
 
@@ -461,7 +462,7 @@ class JudgeClient:
     """
 
     def __init__(self, settings, method, out):
-        self.name = f"the judge {settings.judge_model} {settings.judge_url}"
+        self.name = f"the judge {settings.judge_model} {settings.judge_url or '(default address)'}"
         self.settings, self.lock = settings, threading.RLock()
         self.kind = settings.judge_input if method == "process" else "outcome"
         self.cache_file, self.bill = out.parent / "judge_cache.jsonl", out / "judge_calls.jsonl"
@@ -908,7 +909,7 @@ def open_run(out, settings):
     before = json.loads(file.read_text())
     for name in settings.keys() - MAY_CHANGE:
         if settings[name] != before[name]:
-            stop(f"{out} has --{name.replace('_', '-')} {before[name]}, not {settings[name]}")
+            stop(f"{out} has --{name} {before[name]}, not {settings[name]}: choose another --out")
 
 
 def save_checkpoint(file, iteration, model, optimizer):
@@ -975,7 +976,7 @@ def check_sampler(model, prompt_ids):
     # The scores are the logits after everything that `generate` does to them.
     error = out.scores[0] * model.generation_config.temperature - logits
     if not error.abs().max() < 0.5:  # bf16 is coarse, but a top_k makes the error infinite
-        stop("this model changes the probabilities while sampling (top_k, a penalty): take another")
+        stop("this model samples with a top_k, a penalty or similar: choose another --model")
 
 
 def log(out, iteration, metrics, completions, verdicts, advantages, group_size):

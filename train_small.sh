@@ -58,7 +58,7 @@ if [ $# -eq 0 ]; then
   judge=(--judge-url "$(cat "$runs/judge.url")")
   held_out=(--data "$runs/heldout.jsonl" --problems "${PROBLEMS:-0}" --samples 8 --out "$runs/eval")
 elif [ ! -f "$problems" ]; then
-  heading "the problems that the base model fails (training is on these)"
+  heading "finding problems that the base model fails: training uses only these"
   evaluate --model "$base" --data "${TRAIN:-gsm8k}" --split train --problems "${TRAIN_PROBLEMS:-1000}" \
     --samples 4 --save-hard "$problems" --out "$runs/eval-train" "${sampling[@]}"
 fi
@@ -83,16 +83,16 @@ if [ $# -eq 0 ]; then
 else
   control
 fi
-heading "4/4 all of them, on held-out problems"
-evaluate_held_out "$runs/process/final" "$runs/process-then-sparse/final" >/dev/null  # the report has all
+heading "4/4 all models, on held-out problems"
+evaluate_held_out "$runs/process/final" "$runs/process-then-sparse/final" >/dev/null  # the report prints all
 if [ $# -eq 0 ]; then
   wait "$control_process" || { tail -n 3 "$runs/sparse-only.log" >&2; exit 1; }
 fi
 "$python" tests/tools/report.py "$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" \
   "$runs"/eval/*.jsonl --out "$runs/report.html" --figure "$runs/curves.png"
 echo
-echo "What to look at: stage 2 and the control are the same algorithm with the same reward, and both"
-echo "had the same number of iterations in all. They differ in whether ExpRL came first. Every"
+echo "What to look at: the last model of stage 2 and the control had the same number of iterations. In"
+echo "the first case ExpRL did $stage1 of them, and in the control the sparse reward did all. Every"
 echo "completion, with its rewards and advantages and the judge's words, is in"
 echo "$runs/process/rollouts.jsonl. Learning curves: $runs/curves.png. A page of completions to read:"
 echo "$runs/report.html"

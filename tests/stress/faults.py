@@ -528,13 +528,15 @@ def write_page(rows):
     page = [
         "# When something breaks",
         "",
-        "The command `python tests/stress/faults.py` made each of these faults and wrote this "
-        "page. The stress tests make them again and compare. Each fault happened to a training "
-        "run of two iterations in the toy world, which needs 20 replies of the judge. The run "
-        "waited less than a second for an unavailable judge, not ten minutes. `run` stands for "
-        'the folder of the run. "Bit for bit" means that weights and metrics equal those of a run '
-        "that nothing happened to. A reply that was kept was never paid for again, unless the last "
-        'column says so. "Traceback:" stands before the last line of a traceback.',
+        "This page is for people who want to know what a fault costs them. The command "
+        "`python tests/stress/faults.py` causes each fault and writes this page. Each fault hits a",
+        "training run of two iterations in the toy world, which needs 20 replies of the judge. To "
+        "save time, the run waits less than a second for an unavailable judge, and not ten minutes.",
+        "",
+        "- *run* is the folder of the run.",
+        "- *bit for bit* means that weights and metrics equal those of an undisturbed run.",
+        "- *Traceback:* stands before the last line of a traceback.",
+        "- A reply that was kept was never paid for again, unless the last column says so.",
         "",
         f"There are {sum(map(len, rows.values()))} faults.",
     ]

@@ -435,7 +435,7 @@ def test_sampled_completions(calibrate, tiny, tmp_path):
 @pytest.mark.parametrize("rows, message", [
     (ROWS[:1], "two problems"),
     (ROWS[:2], "--problems is too small"),
-    ([ROWS[0], {"question": "Why?", "answer": "2"}], "line 2 .*no reference"),
+    ([ROWS[0], {"question": "Why?", "answer": "2"}], "record 2 .*no reference"),
 ])  # fmt: skip
 def test_what_is_missing_is_said_before_any_call(calibrate, tmp_path, rows, message):
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

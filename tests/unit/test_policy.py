@@ -81,7 +81,7 @@ def test_a_malformed_record_is_named_by_its_line(tmp_path, text, line, word):
 @pytest.mark.parametrize("box", [r"\boxed{}", r"\boxed x", r"\boxed{2"])
 def test_a_box_without_an_answer_is_malformed_only_if_the_answer_is_needed(tmp_path, box):
     data = write(tmp_path / "a.jsonl", {"problem": "P?", "solution": f"So {box}."})
-    with pytest.raises(SystemExit, match=r"line 1.*answer"):
+    with pytest.raises(SystemExit, match=r"record 1.*answer"):
         exprl.load_problems(data, "train", "answer")
     assert exprl.load_problems(data, "train", "reference")[0]["answer"] == ""
 

@@ -780,7 +780,7 @@ def test_flags_with_dashes_and_underscores_and_zeros():
     "flags, words",
     [
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--data", "BAD.jsonl"], "BAD.jsonl, line 2"),
+        (["--data", "BAD.jsonl"], "BAD.jsonl, record 2"),
         (["--model", "nobody/nothing"], "nobody/nothing"),
         (["--model", "."], "--model"),
         (["--judge-options", "{"], "--judge-options"),
