@@ -529,9 +529,9 @@ def write_page(rows):
         "# When something breaks",
         "",
         "This page is for people who want to know what a fault costs them. The command "
-        "`python tests/stress/faults.py` causes each fault and writes this page. Each fault hits a",
+        "`python tests/stress/faults.py` causes each fault and writes this page. Each fault hits a "
         "training run of two iterations in the toy world, which needs 20 replies of the judge. To "
-        "save time, the run waits less than a second for an unavailable judge, and not ten minutes.",
+        "save time, the run waits less than a second for an unavailable judge, not ten minutes.",
         "",
         "- *run* is the folder of the run.",
         "- *bit for bit* means that weights and metrics equal those of an undisturbed run.",

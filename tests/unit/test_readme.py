@@ -19,7 +19,7 @@ PATHS = [README, *sorted({*TESTS.rglob("*.md")} - {TESTS / "course" / "assignmen
 PAGES = {path: path.read_text() for path in PATHS}
 SCRIPT = (ROOT / "train_small.sh").read_text()
 OTHERS = ("vllm ", "ollama ", "OLLAMA_", "llama-server ", "transformers ", "trl ", "source ", "rm ")
-OTHERS += ("accelerate config", "export ")  # commands that are not ours
+OTHERS += ("accelerate config", "export ", "python -c ")  # commands that are not ours
 OTHER_FLAGS = {"--multi_gpu", "--num_processes", "--max-model-len", "--index-url"}
 
 
