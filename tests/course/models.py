@@ -52,7 +52,7 @@ class GPT2(GPT2LMHeadModel):
 
 def transformer(name, seed):
     """Return a random transformer."""
-    if name == "llama":
+    if name == "Llama":
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
         model = Llama(LlamaConfig(vocab_size=16, **sizes, **heads))

@@ -55,7 +55,9 @@ def decode(data, depth=6, make_model=None):
         return data
     if "tensor" in data:
         numbers = decode(data["tensor"], depth - 1)  # at most 5 dimensions
-        return torch.tensor(numbers, dtype=getattr(torch, data["dtype"]), requires_grad=data["grad"])
+        return torch.tensor(
+            numbers, dtype=getattr(torch, data["dtype"]), requires_grad=data["grad"]
+        )
     if "dict" in data:
         return {key: decode(item, depth - 1) for key, item in data["dict"].items()}
     if "set" in data:
