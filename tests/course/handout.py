@@ -87,9 +87,9 @@ def blank(source: str, names: list[str]) -> str:
     return "".join(lines)
 
 
-def make(out: Path, only: list[str]) -> None:
+def make(folder: str, only: list[str]) -> None:
     """Write a folder to hand out."""
-    functions = chosen(only)
+    functions, out = chosen(only), Path(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         stop(f"{out} exists and is not empty: give a new folder, so that nobody's work is lost")
     for name in HANDED_OUT:

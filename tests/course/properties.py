@@ -64,7 +64,7 @@ def shown(value, size: int = 300) -> str:
     """Return a value for a message: floats rounded, on one line, not too long."""
     value = value.detach() if isinstance(value, torch.Tensor) else value
     text = re.sub(r"\d+\.\d{5,}", lambda match: f"{float(match[0]):.4f}", repr(value))
-    text = re.sub(r"\n *", " ", text)
+    text = re.sub(r"\n *", " ", text).replace(", dtype=torch.float64", "")
     return text if len(text) <= size else f"{text[: size - 4]} ..."
 
 
@@ -75,7 +75,7 @@ def kind(value) -> str:
         return f"a {dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, str) and re.fullmatch(r"<\w+>", value):
         return f"an object of type {value[1:-1]}"
-    return f"a {type(value).__name__}"
+    return f"a {type(value).__name__}" if value is not None else "None"
 
 
 def is_same(got, want, tolerance: float) -> bool:
@@ -83,13 +83,18 @@ def is_same(got, want, tolerance: float) -> bool:
     if isinstance(want, torch.Tensor):
         if not isinstance(got, torch.Tensor) or got.shape != want.shape:
             return False
-        got, want = got.tolist(), want.tolist()
+        got, want = listed(got), listed(want)
     if isinstance(want, (list, tuple)):
         is_like = isinstance(got, list) and len(got) == len(want)
         return is_like and all(map(is_same, got, want, itertools.repeat(tolerance)))
     if isinstance(want, float) and type(got) in (int, float):
         return abs(got - want) <= tolerance * max(1, abs(want))
     return type(got) is type(want) and got == want
+
+
+def listed(value):
+    """Return the numbers of a tensor as a list. Another value stays as it is."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 class Graded:
@@ -107,9 +112,10 @@ class Graded:
         """Return what the function returns, or its gradients (see `models.gradients`)."""
         encoded = runner.encode(args)
         reply = self.ask({"args": encoded, "gradients": gradients} | self.target)
-        if reply.get("error") == "NotImplementedError":
+        classes = reply.get("error", [])
+        if "NotImplementedError" in classes:
             raise Stopped("It is not written yet.")
-        if reply.get("error") == "ValueError" and due == "a ValueError":
+        if "ValueError" in classes and due == "a ValueError":
             return ValueError  # no submission can send back this class
         if "error" in reply:
             raise Failed(due, reply["words"], self.of(*args))
@@ -122,8 +128,10 @@ class Graded:
         got = self.returns(shown(want), *args, gradients=gradients)
         if not is_same(got, want, tolerance):
             due, came = shown(want), shown(got)
-            if type(got) is not type(want) or len(due) > 200 or due == came:
-                due, came = f"{kind(want)}, {due}", f"{kind(got)}, {came}"
+            if due == came:  # they differ in later digits
+                due, came = repr(listed(want)), repr(listed(got))
+            if isinstance(want, torch.Tensor) and not isinstance(got, torch.Tensor):
+                due, came = f"a tensor, {due}", f"{kind(got)}, {came}"
             what = "the gradient of " if gradients else ""
             raise Failed(due, came, what + self.of(*args))
 
@@ -354,7 +362,7 @@ def _(f):
     args = (make_model("bfloat16 bigram", table.tolist()), prompt, ids, 0.7)
     before = torch.cat([prompt.expand(4, 1), ids[:, :-1]], dim=1)
     exact = torch.log_softmax(table.double() / 0.7, -1)[before, ids]
-    check_float32(f.tensor("log-probs", (4, 8), *args), exact, 1e-4, f.of(*args))
+    check_float32(f.tensor("log-probs", (4, 8), *args), exact, 1e-4, "random bfloat16 logits")
 
 
 def check_float32(got, exact, tolerance: float, where: str) -> None:
@@ -961,7 +969,9 @@ def log_distributions(f, n: int = 20, size: int = 5) -> torch.Tensor:
 def _(f):
     """Its mean over the policy's own samples is KL(policy || initial policy), not the KL in the
     other direction."""
-    logp, initial = log_distributions(f)  # each token of the vocabulary once, with its probability
+    logp, initial = log_distributions(
+        f, n=3
+    )  # each token of the vocabulary once, with its probability
     args = (logp.flatten(), initial.flatten())
     k3 = f.tensor("k3", args[0].shape, *args).view_as(logp)
     means, due = (logp.exp() * k3).sum(-1), (logp.exp() * (logp - initial)).sum(-1)
@@ -1021,32 +1031,39 @@ def plain_reverse_kl(student, teacher, temperature: float) -> torch.Tensor:
 
 @of("reverse_kl")
 def _(f):
-    """It is KL(student || teacher) over the whole vocabulary, at each position. The result is
-    float32 and has the shape (B, T)."""
-    student, teacher = 2 * torch.randn(2, 2, 3, 5, generator=f.generator)
+    """It is KL(student || teacher) over the whole vocabulary, at each position. The result has the
+    shape (B, T)."""
+    student, teacher = 2 * torch.randn(2, 2, 2, 3, generator=f.generator)
     f.gives(plain_reverse_kl(student, teacher, 1.0), student, teacher, 1.0)
-    student, teacher = (4 * student).bfloat16(), (4 * teacher).bfloat16()
-    args = (student, teacher, 0.7)
-    got = f.tensor("the KL", (2, 3), *args)
-    check_float32(got, plain_reverse_kl(*args), 1e-3, f.of(*args))
 
 
 @of("reverse_kl")
 def _(f):
     """The logits of both are divided by the temperature."""
-    student, teacher = 2 * torch.randn(2, 2, 3, 5, generator=f.generator)
+    student, teacher = 2 * torch.randn(2, 2, 2, 3, generator=f.generator)
     for temperature in (0.7, 2.0):
         f.gives(plain_reverse_kl(student, teacher, temperature), student, teacher, temperature)
 
 
 @of("reverse_kl")
 def _(f):
+    """The arithmetic is float32 also on bfloat16 logits, and so is the result."""
+    student, teacher = (8 * torch.randn(2, 2, 3, 5, generator=f.generator)).bfloat16()
+    got, exact = (
+        f.tensor("the KL", (2, 3), student, teacher, 0.7),
+        plain_reverse_kl(student, teacher, 0.7),
+    )
+    check_float32(got, exact, 1e-3, "random bfloat16 logits")
+
+
+@of("reverse_kl")
+def _(f):
     """It is 0 where the two agree, and greater than 0 otherwise. Where they are far apart it is
     large, and not NaN."""
-    student, teacher = 2 * torch.randn(2, 2, 3, 5, generator=f.generator)
-    f.gives(torch.zeros(2, 3), student, student, 0.8)
+    student, teacher = 2 * torch.randn(2, 2, 2, 3, generator=f.generator)
+    f.gives(torch.zeros(2, 2), student, student, 0.8)
     args = (student, teacher, 0.8)
-    low = f.tensor("the KL", (2, 3), *args).min().item()
+    low = f.tensor("the KL", (2, 2), *args).min().item()
     require(low >= 0, "0 or more", f"{low:.3g}", f.of(*args))
     f.gives(tensor([300.0]), tensor([[300.0, 0.0]]), tensor([[0.0, 300.0]]), 1.0)
 
@@ -1054,9 +1071,9 @@ def _(f):
 @of("reverse_kl")
 def _(f):
     """Its gradient by the student's logits is that of the plain formula."""
-    student, teacher = 2 * torch.randn(2, 2, 3, 5, generator=f.generator)
+    student, teacher = 2 * torch.randn(2, 2, 2, 3, generator=f.generator)
     student.requires_grad_()
-    total = plain_reverse_kl(student, teacher, 0.7) * torch.linspace(2, -1, 6).view(2, 3)
+    total = plain_reverse_kl(student, teacher, 0.7) * torch.linspace(2, -1, 4).view(2, 2)
     want = torch.autograd.grad(total.sum(), student)
     f.gives(list(want), student, teacher, 0.7, gradients=True, tolerance=1e-4)
 

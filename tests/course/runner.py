@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import traceback
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import models
@@ -26,8 +25,8 @@ STAND_INS = ("datasets", "math_verify", "openai")
 def encode(value):
     """Return a value as JSON can hold it. Tuples become lists. Other objects become their type."""
     if isinstance(value, torch.Tensor):
-        form = {"dtype": str(value.dtype).split(".")[1], "grad": value.requires_grad}
-        return {"tensor": value.detach().tolist(), **form}
+        kind = str(value.dtype).split(".")[1]
+        return {"tensor": value.tolist(), "dtype": kind, "grad": value.requires_grad}
     if isinstance(value, torch.nn.Module):
         return {"model": getattr(value, "spec", None), "training": value.training}
     if isinstance(value, (list, tuple)):
@@ -70,12 +69,12 @@ def decode(data, depth=6, make_model=None):
 # ---- Calls ---------------------------------------------------------------------------------------
 def describe(error):
     """Return an exception in one line, with the submission's line and a hint."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        file = Path(frame.filename)
-        if Path.cwd() in file.parents and file.name not in ("runner.py", "models.py"):
-            text += f" ({file.name}, line {frame.lineno})"
-            break
+    text, place = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": "), ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        folder, name = os.path.split(frame.filename)
+        if folder.startswith(os.getcwd()) and name not in ("runner.py", "models.py"):
+            place = f" ({name}, line {frame.lineno})"
+    text += place
     if isinstance(error, ModuleNotFoundError):
         text += ". Only the graded files are copied: write helper functions into them"
     elif isinstance(error, (OSError, EOFError)):
@@ -84,18 +83,18 @@ def describe(error):
     return text
 
 
-def perform(function, request):
-    """Call a function with the arguments of a request. Return its output, or gradients."""
+def perform(request):
+    """Import a module, call its function if one is named, and return the reply."""
     try:
+        module = importlib.import_module(request["module"])
         args = [decode(data, make_model=models.make_model) for data in request["args"]]
-        out = function(*args)
+        out = getattr(module, request["name"])(*args) if request["name"] else None
         if request["gradients"]:
             out = models.gradients(out, args)
         return {"out": encode(out), "args": encode(args)}
     except BaseException as error:  # SystemExit too
-        kinds = (ValueError, NotImplementedError, BaseException)  # the first two have a meaning
-        kind = next(kind for kind in kinds if isinstance(error, kind))
-        return {"error": kind.__name__, "words": describe(error)}
+        classes = [kind.__name__ for kind in type(error).__mro__]
+        return {"error": classes, "words": describe(error)}
 
 
 def main():
@@ -106,14 +105,8 @@ def main():
     sys.path.append("tests/tools")
     print("{}", file=channel, flush=True)
     for line in channel:
-        request = json.loads(line)
-
-        def function(*args, module=request["module"], name=request["name"]):
-            found = importlib.import_module(module)
-            return getattr(found, name)(*args) if name else None
-
         try:
-            reply = json.dumps(perform(function, request))
+            reply = json.dumps(perform(json.loads(line)))
         except Exception:  # a number of thousands of digits: the grader cannot read {} either
             reply = "{}"
         print(reply, file=channel, flush=True)

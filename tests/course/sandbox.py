@@ -47,16 +47,17 @@ def bwrap_command(place, megabytes):
 
     Memory is counted on top of what this process has, because it has loaded the same packages.
     """
-    options = "bwrap --die-with-parent --new-session --cap-drop ALL --unshare-all "
+    # All namespaces. Without root, bwrap adds a user namespace, which it needs for the others.
+    options = "bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
+    options += "--die-with-parent --new-session --proc /proc --dev /dev --cap-drop ALL "
+    options += "--size 16000000 --perms 1777 --tmpfs /tmp "
     user = ""
     if os.getuid() == 0:
         # The kernel limits neither the rights nor the processes of root, not even in a user
-        # namespace of its own. A user without rights takes its place.
-        options = options.replace("all", "ipc --unshare-pid --unshare-net --unshare-uts")
-        options += "--unshare-cgroup-try --cap-add CAP_SETUID --cap-add CAP_SETGID "
+        # namespace. A user without rights takes its place.
+        options += "--cap-add CAP_SETUID --cap-add CAP_SETGID"
         user = "setpriv --reuid {0} --regid {0} --clear-groups --inh-caps=-all"
         user = user.format(random.randrange(20000, 60000))
-    options += "--proc /proc --dev /dev --size 16000000 --perms 1777 --tmpfs /tmp"
     command = options.split()
     for path in sorted(VISIBLE):
         for parent in [*path.parents][-2::-1]:
@@ -102,8 +103,7 @@ class Sandbox(contextlib.AbstractContextManager):
     def end(self):
         """Kill the process. All that it has started ends with it."""
         if self.process:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.channel.close()
             self.process = None
@@ -129,7 +129,6 @@ class Sandbox(contextlib.AbstractContextManager):
     def ask(self, request):
         """Send a request and return the reply. If there is no honest one, end the process."""
         try:
-            self.wait_no_longer()
             self.channel.sendall(json.dumps(request).encode() + b"\n")
             reply = self.receive()
             if "error" in reply:
@@ -148,7 +147,10 @@ class Sandbox(contextlib.AbstractContextManager):
         """Return the next message. Raises an exception if it is late, too large or not JSON."""
         line = bytearray()
         while not line.endswith(b"\n"):
-            self.wait_no_longer()
+            remaining = self.deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            self.channel.settimeout(remaining)  # it also holds for the next `sendall`
             data = self.channel.recv(2**16)
             if not data:
                 raise EOFError
@@ -156,10 +158,3 @@ class Sandbox(contextlib.AbstractContextManager):
             if len(line) > LARGEST:
                 raise ValueError("too large")
         return json.loads(line)
-
-    def wait_no_longer(self):
-        """Let the next operation of the socket raise TimeoutError at the deadline."""
-        remaining = self.deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        self.channel.settimeout(remaining)
