@@ -40,7 +40,7 @@ def grade_submission(student, folder, functions, args):
     for name in {function.file for function in functions}:
         try:
             files[name] = read_file(folder, name)
-        except (OSError, ValueError) as error:  # an honest mistake, or not
+        except (OSError, ValueError) as error:
             wrong[name] = f"{name} cannot be read: {error.args[-1]}."
     with Sandbox(files, args.seconds, args.memory) as sandbox:
         for name, points, file in map(astuple, functions):
@@ -82,8 +82,7 @@ def save(out, student, rows):
     totals = details.pivot_table("points", "student", "function", aggfunc="last")
     totals = totals[[f.name for f in FUNCTIONS if f.name in totals]].astype("Int64")
     totals.insert(0, "total", totals.sum(axis=1))
-    totals.reset_index().to_csv(out / "totals.partial", **form)
-    (out / "totals.partial").replace(out / "totals.csv")
+    totals.reset_index().to_csv(out / "totals.csv", **form)
     mine = details[details.student == student]
     total = f"{student}: {mine.points.sum()} of {mine.out_of.sum()} points"
     lines = [f"{r.function:20}{r.points}/{r.out_of}  {r.failed}" for r in mine.itertuples()]

@@ -29,12 +29,12 @@ START = 300  # seconds in which Python and the packages must start
 LARGEST = 2**21  # bytes of one reply
 COURSE = Path(__file__).resolve().parent
 PYTHON = os.path.abspath(sys.executable)
-SITE = Path(os.path.abspath(torch.__file__)).parents[1]
+SITE = os.path.abspath(os.path.join(torch.__file__, "../.."))
 # The folders that a submission sees, besides its own
-SYSTEM = ["/usr/bin", "/usr/lib", "/usr/lib64", "/bin", "/lib", "/lib64", "/etc/ld.so.cache"]
-VISIBLE = {*map(Path, map(os.path.abspath, [*SYSTEM, sys.prefix, sys.base_prefix])), SITE}
+SYSTEM = "/usr/bin /usr/lib /usr/lib64 /bin /lib /lib64 /etc/ld.so.cache"
+VISIBLE = {*map(Path, map(os.path.abspath, [*SYSTEM.split(), SITE, sys.prefix, sys.base_prefix]))}
 VISIBLE -= {Path("/usr")}  # the prefix of a system's Python, which lies in /usr/lib
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(SITE)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": SITE}
 
 
 class Stopped(Exception):
@@ -56,26 +56,27 @@ def bwrap_command(place, megabytes):
         # The kernel limits neither the rights nor the processes of root, not even in a user
         # namespace. A user without rights takes its place.
         options += "--cap-add CAP_SETUID --cap-add CAP_SETGID"
-        user = "setpriv --reuid {0} --regid {0} --clear-groups --inh-caps=-all"
-        user = user.format(random.randrange(20000, 60000))
+        number = random.randrange(20000, 60000)
+        user = f"setpriv --reuid {number} --regid {number} --clear-groups --inh-caps=-all"
     command = options.split()
     for path in sorted(VISIBLE):
         for parent in [*path.parents][-2::-1]:
             command += ["--dir", parent]  # otherwise only root could enter it
         command += ["--ro-bind-try", path, path]
-    command += ["--ro-bind", place, "/submission", "--chdir", "/submission"]
+    command += ["--ro-bind", place, "/submission"]
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     memory = pages * resource.getpagesize() + megabytes * 2**20
     limits = f"prlimit --as={memory} --nproc=6 --nofile=64 --fsize=1000000 --core=0"
-    return [*command, *f"--remount-ro /dev --remount-ro / {user} {limits}".split()]
+    end = "--chdir /submission --remount-ro /dev --remount-ro /"
+    return [*command, *f"{end} {user} {limits}".split()]
 
 
 def why_no_sandbox(folders):
     """Return the reason why there can be no sandbox on this machine, or "" if there can be one."""
     if not shutil.which("bwrap"):
         return "bwrap is missing: install the package bubblewrap"
-    if visible := [path for path in (COURSE, *folders) if VISIBLE & {*path.resolve().parents}]:
-        return f"submissions would see {visible[0]}: move it out of the folders of the system"
+    if any(VISIBLE & {*path.resolve().parents} for path in (COURSE, *folders)):
+        return "the project or a submission lies in a folder that every submission can read"
     command = [*bwrap_command(COURSE, 1000), PYTHON, "-c", "import runner"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     return f"bwrap does not work here ({done.stderr[-200:].strip()})" if done.returncode else ""
