@@ -31,7 +31,6 @@ def main(argv=None):
     for flag, default, meaning in (
         ("--out", "grades", "folder for the tables and the feedback"),
         ("--seconds", 20.0, "time limit of a function"),
-        ("--memory", 1000, "memory limit of a process in MB"),
         ("--jobs", min(8, os.cpu_count()), "submissions that are graded at the same time"),
         ("--seed", secrets.randbelow(10**6), "seed of the random inputs; by default a random one"),
     ):
@@ -40,12 +39,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "make":
         make(args.folder[0], args.only)
-    elif min(args.seconds, args.memory, args.jobs) <= 0:
-        stop("--seconds, --memory and --jobs must be above 0")
+    elif min(args.seconds, args.jobs) <= 0:
+        stop("--seconds and --jobs must be above 0")
     else:
         from grading import grade  # not above: this takes seconds, and `make` has no need of it
 
-        grade(args)
+        try:
+            grade(args)
+        except (OSError, ValueError) as error:
+            stop(f"--out {args.out} cannot be used: {error}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def grade_submission(student, folder, functions, args):
             files[name] = read_file(folder, name)
         except (OSError, ValueError) as error:
             wrong[name] = f"{name} cannot be read: {error.args[-1]}."
-    with Sandbox(files, args.seconds, args.memory) as sandbox:
+    with Sandbox(files, args.seconds, not args.no_sandbox) as sandbox:
         for name, points, file in map(astuple, functions):
             module = Path(file).stem
             try:
@@ -67,7 +67,9 @@ def read_details(out):
     """Return the table of all functions of all students that are graded so far."""
     if not (out / "details.csv").exists():
         return pd.DataFrame(columns=COLUMNS)
-    return pd.read_csv(out / "details.csv", keep_default_na=False, dtype={"student": str})
+    return pd.read_csv(
+        out / "details.csv", usecols=COLUMNS, keep_default_na=False, dtype={"student": str}
+    )
 
 
 def save(out, student, rows):
@@ -101,7 +103,6 @@ def grade(args):
         else:
             folders[student] = folder
     if args.no_sandbox:
-        args.memory = 0
         print(CONTAINER)
     elif reason := why_no_sandbox({folder.parent for folder in folders.values()}):
         stop(f"{reason}. {CONTAINER}")

@@ -47,7 +47,7 @@ def decode(data, depth=6, make_model=None):
     built. An object of another type becomes the text <TYPE>. Only the sandbox makes models.
     """
     if depth == 0:
-        raise ValueError("nested too deeply")
+        raise ValueError
     if isinstance(data, list):
         return [decode(item, depth - 1) for item in data]
     if not isinstance(data, dict):

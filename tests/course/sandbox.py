@@ -27,6 +27,7 @@ import torch
 
 START = 300  # seconds in which Python and the packages must start
 LARGEST = 2**21  # bytes of one reply
+MEMORY = 10**9  # bytes of each process
 COURSE = Path(__file__).resolve().parent
 PYTHON = os.path.abspath(sys.executable)
 SITE = os.path.abspath(os.path.join(torch.__file__, "../.."))
@@ -42,7 +43,7 @@ class Stopped(Exception):
 
 
 # ---- The sandbox ---------------------------------------------------------------------------------
-def bwrap_command(place, megabytes):
+def bwrap_command(place):
     """Return the beginning of a command that runs in a sandbox, in a copy of the folder `place`.
 
     Memory is counted on top of what this process has, because it has loaded the same packages.
@@ -52,7 +53,7 @@ def bwrap_command(place, megabytes):
     options += "--die-with-parent --new-session --proc /proc --dev /dev --cap-drop ALL "
     options += "--size 16000000 --perms 1777 --tmpfs /tmp "
     user = ""
-    if os.getuid() == 0:
+    if not os.getuid():
         # The kernel limits neither the rights nor the processes of root, not even in a user
         # namespace. A user without rights takes its place.
         options += "--cap-add CAP_SETUID --cap-add CAP_SETGID"
@@ -65,7 +66,7 @@ def bwrap_command(place, megabytes):
         command += ["--ro-bind-try", path, path]
     command += ["--ro-bind", place, "/submission"]
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    memory = pages * resource.getpagesize() + megabytes * 2**20
+    memory = pages * resource.getpagesize() + MEMORY
     limits = f"prlimit --as={memory} --nproc=6 --nofile=64 --fsize=1000000 --core=0"
     end = "--chdir /submission --remount-ro /dev --remount-ro /"
     return [*command, *f"{end} {user} {limits}".split()]
@@ -77,7 +78,7 @@ def why_no_sandbox(folders):
         return "bwrap is missing: install the package bubblewrap"
     if any(VISIBLE & {*path.resolve().parents} for path in (COURSE, *folders)):
         return "the project or a submission lies in a folder that every submission can read"
-    command = [*bwrap_command(COURSE, 1000), PYTHON, "-c", "import runner"]
+    command = [*bwrap_command(COURSE), PYTHON, "-c", "import runner"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     return f"bwrap does not work here ({done.stderr[-200:].strip()})" if done.returncode else ""
 
@@ -85,8 +86,8 @@ def why_no_sandbox(folders):
 class Sandbox(contextlib.AbstractContextManager):
     """The process of one submission. It starts again after a function that ended it."""
 
-    def __init__(self, files, seconds, megabytes):
-        """Copy the files {name: bytes}. With 0 megabytes there is no sandbox around them."""
+    def __init__(self, files, seconds, with_bwrap=True):
+        """Copy the files {name: bytes}. Without bwrap there is no sandbox around them."""
         self.seconds, self.process, self.folder = seconds, None, tempfile.TemporaryDirectory()
         place = Path(self.folder.name)
         place.chmod(0o755)  # for the user in the sandbox
@@ -95,7 +96,7 @@ class Sandbox(contextlib.AbstractContextManager):
             (place / name).write_bytes(content)
         for module in (runner, models):
             shutil.copy(module.__file__, place)
-        self.command = [*(bwrap_command(place, megabytes) if megabytes else []), PYTHON]
+        self.command = [*(bwrap_command(place) if with_bwrap else []), PYTHON]
 
     def __exit__(self, *_):
         self.end()
@@ -157,5 +158,5 @@ class Sandbox(contextlib.AbstractContextManager):
                 raise EOFError
             line += data
             if len(line) > LARGEST:
-                raise ValueError("too large")
+                raise ValueError
         return json.loads(line)
