@@ -308,8 +308,8 @@ def parse_score(reply, label="Score"):
 """,
     "a tensor of an unknown type": CHANNEL
     + """
-form = b'{"out": {"tensor": [[1]], "dtype": "%s", "grad": 1}, "args": []}\\n'
-for name in (b"load", b"quint8", b"complex128", b"__class__", b"Tensor"):
+form = b'{"out": {"tensor": [[1]], "type": "%s", "grad": 1}, "args": []}\\n'
+for name in (b"load", b"torch.cuda.FloatTensor", b"torch.sparse.FloatTensor", b"__class__"):
     os.write(channel, form % name)
 """,
     "a list that contains itself": """

@@ -25,8 +25,7 @@ STAND_INS = ("datasets", "math_verify", "openai")
 def encode(value):
     """Return a value as JSON can hold it. Tuples become lists. Other objects become their type."""
     if isinstance(value, torch.Tensor):
-        kind = str(value.dtype).split(".")[1]
-        return {"tensor": value.tolist(), "dtype": kind, "grad": value.requires_grad}
+        return {"tensor": value.tolist(), "type": value.type(), "grad": value.requires_grad}
     if isinstance(value, torch.nn.Module):
         return {"model": getattr(value, "spec", None), "training": value.training}
     if isinstance(value, (list, tuple)):
@@ -54,9 +53,8 @@ def decode(data, depth=6, make_model=None):
         return data
     if "tensor" in data:
         numbers = decode(data["tensor"], depth - 1)  # at most 5 dimensions
-        return torch.tensor(
-            numbers, dtype=getattr(torch, data["dtype"]), requires_grad=data["grad"]
-        )
+        tensor = torch.tensor(numbers, dtype=torch.double)
+        return tensor.type(data["type"]).requires_grad_(data["grad"])
     if "dict" in data:
         return {key: decode(item, depth - 1) for key, item in data["dict"].items()}
     if "set" in data:
