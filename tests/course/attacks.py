@@ -39,8 +39,7 @@ CODE = {
     + """
 import os
 for folder, folders, names in os.walk("/"):
-    if folder == "/":
-        folders[:] = set(folders) - {"proc", "sys", "usr", "lib", "lib64"}
+    folders[:] = set(folders) - {"proc", "sys", "bin", "lib", "lib64", "site-packages"}
     for name in names:
         path = os.path.join(folder, name)
         if name.endswith(".py") and os.path.getsize(path) < 10**6:

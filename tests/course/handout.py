@@ -111,8 +111,10 @@ def make(folder: str, only: list[str]) -> None:
         (COURSE / "assignment.md").read_text(encoding="utf-8"),
         undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    page = template.render(problems=problems, lines=lines, points=sum(f.points for f in functions))
+    points = sum(function.points for function in functions)
+    files = sorted({f"`{function.file}`" for function in FUNCTIONS})
+    page = template.render(problems=problems, lines=lines, points=points, files=files)
     (out / "README.md").write_text(page, encoding="utf-8")
-    print(f"{out}: {len(functions)} functions to write, {sum(f.points for f in functions)} points")
+    print(f"{out}: {len(functions)} functions to write, {points} points")
     flags = " ".join(["--only", *only]) if only else ""
     print(f"grade the submissions: python tests/course/assignment.py grade FOLDER ... {flags}")

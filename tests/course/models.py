@@ -3,16 +3,20 @@
 The grader and the program in the sandbox both use this file.
 """
 
+import os
 from types import SimpleNamespace
 
 import torch
-from transformers import (
-    DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+
+
+def preload():
+    """Import what takes seconds, so that it does not count as the time of a function."""
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+
+if os.path.exists("exprl.py"):  # in the sandbox, if there is a function that needs it
+    preload()
 
 
 class Bigram(torch.nn.Module):
@@ -30,36 +34,26 @@ class Bigram(torch.nn.Module):
         return f"a model whose logits after token t are row t of {self.table.tolist()}"
 
     def forward(self, input_ids, cache=None, use_cache=None, logits_to_keep=0, **_):
+        from transformers import DynamicCache
+
         cache = DynamicCache() if cache is None else cache
         read = torch.zeros(*input_ids.shape, 1)[:, None]  # (B, 1, T, 1) for a head of size 1
         cache.update(read, read, 0)
         return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:], cache=cache)
 
 
-class Llama(LlamaForCausalLM):
-    """Its positions are relative."""
-
-    def __repr__(self):
-        return "a small Llama"
-
-
-class GPT2(GPT2LMHeadModel):
-    """Its positions are absolute."""
-
-    def __repr__(self):
-        return "a small GPT-2"
-
-
 def transformer(name, seed):
-    """Return a random transformer."""
+    """Return a random transformer. Llama's positions are relative, GPT-2's are absolute."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
     if name == "Llama":
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-        model = Llama(LlamaConfig(vocab_size=16, **sizes, **heads))
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes, **heads))
     else:
         sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
         ends = {"bos_token_id": 0, "eos_token_id": 0}
-        model = GPT2(GPT2Config(vocab_size=16, **sizes, **ends))
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=16, **sizes, **ends))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)

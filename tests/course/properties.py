@@ -19,12 +19,13 @@ from collections.abc import Callable
 
 import runner
 import torch
-from models import gradients, make_model
+from models import gradients, make_model, preload
 from sandbox import Stopped
 
 import judge_prompts
 
 PROPERTIES: dict[str, list[Callable]] = {}
+preload()
 
 
 def of(function: str):
@@ -63,6 +64,8 @@ def first_failure(f, checks: list[Callable]) -> str:
 def shown(value, size: int = 300) -> str:
     """Return a value for a message: floats rounded, on one line, not too long."""
     value = value.detach() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.nn.Module) and "bigram" not in value.spec[0]:
+        return f"a small {value.spec[0]}"
     text = re.sub(r"\d+\.\d{5,}", lambda match: f"{float(match[0]):.4f}", repr(value))
     text = re.sub(r"\n *", " ", text).replace(", dtype=torch.float64", "")
     return text if len(text) <= size else f"{text[: size - 4]} ..."

@@ -194,7 +194,7 @@ def bwrap():
         pytest.skip(f"the attacks are not tried: {reason}")
 
 
-def run_grader(folders, out, *flags, timeout=580, **secrets):
+def run_grader(folders, out, *flags, timeout=1700, **secrets):
     """Run the grader as a teacher would. Return the process and the rows, by student."""
     command = [sys.executable, assignment.__file__, "grade", *folders, "--out", out, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | secrets
