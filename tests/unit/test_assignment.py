@@ -294,20 +294,12 @@ def test_the_tables_and_the_feedback_agree(graded):
 
 
 @pytest.mark.stress
-def test_a_class_of_wrong_functions_gets_points_for_the_others(bwrap, handed_out, tmp_path):
-    """Students whose functions are right but for one mutant each, some of which others call."""
-    solved, wrong = solve(handed_out, tmp_path / "solved"), {}
-    for name in NAMES:
-        what, old, new = next(mutant for mutant in mutants.MUTANTS[name] if len(mutant) == 3)
-        folder = shutil.copytree(solved, tmp_path / name)
-        source = (folder / FILES[name]).read_text()
-        ours = inspect.getsource(getattr(MODULES[FILES[name]], name))
-        (folder / FILES[name]).write_text(source.replace(ours, ours.replace(old, new)))
-        wrong[name] = what
-    _, rows = run_grader([tmp_path / name for name in wrong], tmp_path / "out")
-    for name in wrong:
-        lost = {name, "token_logprobs"} if name == "completion_logits" else {name}
-        assert points(rows[name]) == FULL | dict.fromkeys(lost, 0)
+def test_a_class_of_wrong_functions_gets_points_for_the_others(bwrap, tmp_path):
+    wrong = mutants.write_class(tmp_path / "class", n_students=10)
+    _, rows = run_grader([tmp_path / "class" / name for name in wrong], tmp_path / "out")
+    for student, functions in wrong.items():
+        lost = {*functions, *({"token_logprobs"} if "completion_logits" in functions else ())}
+        assert points(rows[student]) == FULL | dict.fromkeys(lost, 0)
 
 
 # ---- Attacks -------------------------------------------------------------------------------------
@@ -348,7 +340,7 @@ def attacked(bwrap, handed_out, tmp_path_factory):
     folder = world / "class"
     honest = [solve(handed_out, folder / name) for name in ("a first", "m middle", "z last")]
     classmate, stain = honest[2] / "judge_prompts.py", world / "stained"
-    listener = Listener(world / "s")
+    listener, out = Listener(world / "s"), world / "out"
     packages = Path(sys.prefix) / "lib"
     words = {
         "SOLVED": str(ROOT / "judge_prompts.py"), "CLASSMATE": str(classmate),
@@ -373,7 +365,7 @@ def attacked(bwrap, handed_out, tmp_path_factory):
     folders = [honest[0], *names[:20], honest[1], *names[20:], honest[2]]
     began = time.monotonic()
     done, rows = run_grader(
-        folders, world / "out", "--only", "parse_score", "fence", "--seconds", "4", "--jobs", "2",
+        folders, out, "--only", "parse_score", "fence", "--seconds", "4", "--jobs", "2",
         OPENAI_API_KEY="sk-secret-of-the-teacher",
     )  # fmt: skip
     seconds = time.monotonic() - began
