@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -29,11 +28,13 @@ START = 300  # seconds in which Python and the packages must start
 LARGEST = 2**21  # bytes of one reply
 MEMORY = 10**9  # bytes of each process
 COURSE = Path(__file__).resolve().parent
-PYTHON = os.path.abspath(sys.executable)
+PYTHON = os.path.realpath(sys.executable)  # it finds its packages in SITE, also in a venv
 SITE = os.path.abspath(os.path.join(torch.__file__, "../.."))
 # The folders that a submission sees, besides its own
-SYSTEM = "/usr/bin /usr/lib /usr/lib64 /bin /lib /lib64 /etc/ld.so.cache"
-VISIBLE = {*map(Path, map(os.path.abspath, [*SYSTEM.split(), SITE, sys.prefix, sys.base_prefix]))}
+SYSTEM = "/usr/bin /usr/lib /usr/lib64 /bin /lib /lib64 /etc/ld.so.cache /etc/alternatives"
+VISIBLE = {
+    *map(Path, map(os.path.abspath, [*SYSTEM.split(), SITE, sys.base_prefix, f"{PYTHON}/../.."]))
+}
 VISIBLE -= {Path("/usr")}  # the prefix of a system's Python, which lies in /usr/lib
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": SITE}
 
@@ -44,14 +45,16 @@ class Stopped(Exception):
 
 # ---- The sandbox ---------------------------------------------------------------------------------
 def bwrap_command(place):
-    """Return the beginning of a command that runs in a sandbox, in a copy of the folder `place`.
+    """Return the beginning of a command that runs in a sandbox, in which `place` is /submission.
 
-    Memory is counted on top of what this process has, because it has loaded the same packages.
+    The limit on memory counts on top of this process, which has loaded the same packages.
     """
-    # All namespaces. Without root, bwrap adds a user namespace, which it needs for the others.
-    options = "bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
-    options += "--die-with-parent --new-session --proc /proc --dev /dev --cap-drop ALL "
-    options += "--size 16000000 --perms 1777 --tmpfs /tmp "
+    # These are all namespaces. Without root, bwrap adds a user namespace, which the others need.
+    options = (
+        "bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try "
+        "--die-with-parent --new-session --proc /proc --dev /dev --cap-drop ALL "
+        "--size 16000000 --perms 1777 --tmpfs /tmp "
+    )
     user = ""
     if not os.getuid():
         # The kernel limits neither the rights nor the processes of root, not even in a user
@@ -65,8 +68,8 @@ def bwrap_command(place):
             command += ["--dir", parent]  # otherwise only root could enter it
         command += ["--ro-bind-try", path, path]
     command += ["--ro-bind", place, "/submission"]
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    memory = pages * resource.getpagesize() + MEMORY
+    pages = Path("/proc/self/statm").read_text().split()[0]
+    memory = int(pages) * os.sysconf("SC_PAGE_SIZE") + MEMORY
     limits = f"prlimit --as={memory} --nproc=6 --nofile=64 --fsize=1000000 --core=0"
     end = "--chdir /submission --remount-ro /dev --remount-ro /"
     return [*command, *f"{end} {user} {limits}".split()]
@@ -90,13 +93,14 @@ class Sandbox(contextlib.AbstractContextManager):
         """Copy the files {name: bytes}. Without bwrap there is no sandbox around them."""
         self.seconds, self.process, self.folder = seconds, None, tempfile.TemporaryDirectory()
         place = Path(self.folder.name)
-        place.chmod(0o755)  # for the user in the sandbox
         for name, content in files.items():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (place / name).write_bytes(content)
         for module in (runner, models):
             shutil.copy(module.__file__, place)
-        self.command = [*(bwrap_command(place) if with_bwrap else []), PYTHON]
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o755)  # the user in the sandbox may be another one
+        self.command = [*(bwrap_command(place) if with_bwrap else []), PYTHON, "runner.py"]
 
     def __exit__(self, *_):
         self.end()
@@ -114,9 +118,8 @@ class Sandbox(contextlib.AbstractContextManager):
         """Import a module, if necessary in a new process. Then the time of a function begins."""
         if not self.process:
             self.channel, theirs = socket.socketpair()
-            null = subprocess.DEVNULL
             self.process = subprocess.Popen(
-                [*self.command, "runner.py"], stdin=theirs, stdout=null, stderr=null,
+                self.command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 cwd=self.folder.name, env=ENVIRONMENT, start_new_session=True,
             )  # fmt: skip
             theirs.close()

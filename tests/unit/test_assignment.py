@@ -27,6 +27,7 @@ import runner
 import sandbox
 from conftest import ROOT, read, train_command
 from properties import PROPERTIES, Failed, Graded, first_failure
+from test_gates import measure
 
 import exprl
 import judge_prompts
@@ -511,6 +512,12 @@ def test_a_second_run_continues_and_no_row_is_lost(tmp_path, monkeypatch, capsys
 )
 def test_cells_are_harmless(text, due):
     assert grading.cell(text) == due
+
+
+def test_grader_and_sandbox_are_small():
+    """The docstrings of these files and the inputs in properties.py and models.py do not count."""
+    files = ["assignment.py", "grading.py", "sandbox.py", "runner.py"]
+    assert sum(measure(f"tests/course/{name}")[0] for name in files) <= 3000
 
 
 # ---- The grader is graded ------------------------------------------------------------------------
