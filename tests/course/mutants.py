@@ -11,11 +11,11 @@ is never given to students.
 In each of them 0 to 6 functions are mutants. FOLDER/wrong.json names them.
 """
 
+import argparse
 import ast
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import handout
@@ -1578,4 +1578,6 @@ def write_class(folder: Path, n_students: int = 100, most_mutants: int = 6) -> d
 
 
 if __name__ == "__main__":
-    write_class(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Write a class of 100 submissions.")
+    parser.add_argument("folder", type=Path)
+    write_class(parser.parse_args().folder)
