@@ -326,6 +326,11 @@ def parse_score(reply, label="Score"):
 keys = ", ".join(f"[{k * (2**61 - 1)}, 0]" for k in range(62000))
 os.write(channel, f'{{"out": {{"dict": [{keys}]}}, "args": []}}\\n'.encode())
 """,
+    "a forged set of colliding numbers": CHANNEL
+    + """
+numbers = ", ".join(str(k * (2**61 - 1)) for k in range(80000))
+os.write(channel, f'{{"out": {{"other": "set", "set": [{numbers}]}}, "args": []}}\\n'.encode())
+""",
     "a number of a million digits": CHANNEL
     + """
 os.write(channel, b'{"out": ' + b"7" * 1000000 + b', "args": []}\\n')
@@ -333,6 +338,12 @@ os.write(channel, b'{"out": ' + b"7" * 1000000 + b', "args": []}\\n')
     "a text of 30 MB": """
 def fence(texts):
     return "<text-1-aaaaaaaa>\\n" * 2000000
+""",
+    "two million digits": """
+def fence(texts):
+    return "1" * 2000000
+def parse_score(reply, label="Score"):
+    return "1." * 900000
 """,
     "a dictionary that lies": """
 class Lies(dict):

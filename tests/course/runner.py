@@ -17,9 +17,6 @@ from unittest.mock import MagicMock
 import models
 import torch
 
-# No graded function needs these packages. Importing them takes seconds, and stand-ins take none.
-STAND_INS = ("datasets", "math_verify", "openai")
-
 
 # ---- Values as JSON ------------------------------------------------------------------------------
 def encode(value):
@@ -31,7 +28,7 @@ def encode(value):
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
     if isinstance(value, set):
-        return {"set": sorted(value)}
+        return {"other": "set", "set": sorted(value)}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: encode(item) for key, item in value.items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -43,7 +40,8 @@ def decode(data, depth=6, make_model=None):
     """Return the value that `encode` was given, or raise an exception.
 
     The data may come from a hostile process: its size and depth are bounded before anything is
-    built. An object of another type becomes the text <TYPE>. Only the sandbox makes models.
+    built. An object of another type becomes the text <TYPE>. Only the sandbox makes sets and
+    models.
     """
     if depth == 0:
         raise ValueError
@@ -57,7 +55,7 @@ def decode(data, depth=6, make_model=None):
         return tensor.type(data["type"]).requires_grad_(data["grad"])
     if "dict" in data:
         return {key: decode(item, depth - 1) for key, item in data["dict"].items()}
-    if "set" in data:
+    if make_model and "set" in data:  # the grader builds none: all its items may have one hash
         return set(data["set"])
     if make_model:
         return make_model(*data["model"])
@@ -91,15 +89,18 @@ def perform(request):
             out = models.gradients(out, args)
         return {"out": encode(out), "args": encode(args)}
     except BaseException as error:  # SystemExit too
-        classes = [kind.__name__ for kind in type(error).__mro__]
-        return {"error": classes, "words": describe(error)}
+        return {
+            "error": [kind.__name__ for kind in type(error).__mro__],
+            "words": describe(error),
+        }
 
 
 def main():
     """Say that all is ready, and answer requests until the grader ends this process."""
     channel = socket.socket(fileno=os.dup(0)).makefile("rw", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    sys.modules |= {name: MagicMock() for name in STAND_INS}
+    # No graded function needs these packages, which take seconds to import. Stand-ins take none.
+    sys.modules |= {name: MagicMock() for name in ("datasets", "math_verify", "openai")}
     sys.path.append("tests/tools")
     print("{}", file=channel, flush=True)
     for line in channel:
