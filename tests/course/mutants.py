@@ -5,7 +5,20 @@ edit of our source, in which `old` occurs once, or (what is wrong, source), a wh
 mutant must fail a property. CORRECT contains solutions that are written differently from ours. They
 must pass all properties. A source runs in a copy of the globals of the function's module. This file
 is never given to students.
+
+    python tests/course/mutants.py FOLDER      write a class of 100 submissions
+
+In each of them 0 to 6 functions are mutants. FOLDER/wrong.json names them.
 """
+
+import argparse
+import ast
+import json
+import random
+import shutil
+from pathlib import Path
+
+import handout
 
 MUTANTS: dict[str, list[tuple[str, ...]]] = {
     "completion_mask": [
@@ -1536,3 +1549,35 @@ def pass_at_k(n, c, k):
 """,
     ],
 }
+
+
+def spoil(source: str, name: str, mutant: tuple[str, ...]) -> str:
+    """Return the source of a module, with a mutant in place of a function."""
+    node = handout.find_functions(source)[name]
+    old = ast.get_source_segment(source, node)
+    new = mutant[1].strip("\n") if len(mutant) == 2 else old.replace(*mutant[1:])
+    return source.replace(old, new)
+
+
+def write_class(folder: Path, n_students: int = 100, most_mutants: int = 6) -> dict[str, list[str]]:
+    """Write submissions. Return which functions of each student are wrong."""
+    rng, wrong = random.Random(0), {}
+    for i in range(n_students):
+        student = f"student {i:03}"
+        chosen = rng.sample(handout.FUNCTIONS, rng.randint(0, most_mutants))
+        wrong[student] = [function.name for function in chosen]
+        for file in {function.file for function in handout.FUNCTIONS}:
+            (folder / student / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(handout.ROOT / file, folder / student / file)
+        for function in chosen:
+            path = folder / student / function.file
+            mutant = rng.choice(MUTANTS[function.name])
+            path.write_text(spoil(path.read_text(), function.name, mutant))
+    (folder / "wrong.json").write_text(json.dumps(wrong, indent=1))
+    return wrong
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write a class of 100 submissions.")
+    parser.add_argument("folder", type=Path)
+    write_class(parser.parse_args().folder)

@@ -1,26 +1,31 @@
-"""What must be true of each graded function, in a student's words.
+"""What must be true of each graded function, in a student's words, and how values are compared.
 
 `assignment.py grade` checks these properties for a submission. The test suite checks them for our
 own code, and for the mutants (mutants.py), each of which must fail one. A property is a function of
-`f`, the graded function (sandbox.Graded), wherever that runs. A student who fails a property reads
-its docstring. Where it helps, a function is compared with its formula, written in the plainest way.
+`f`, the graded function (`Graded`), wherever that runs. A student who fails a property reads its
+docstring, then what is due, what came instead, and for which arguments. Every function has a
+property with random arguments. Where it helps, a function is compared with its formula, written in
+the plainest way.
 """
 
 import functools
 import hashlib
 import itertools
 import math
+import random
 import re
 import statistics
 from collections.abc import Callable
 
+import runner
 import torch
-from sandbox import Bigram, Failed, shown
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from models import gradients, make_model, preload
+from sandbox import Stopped
 
 import judge_prompts
 
 PROPERTIES: dict[str, list[Callable]] = {}
+preload()
 
 
 def of(function: str):
@@ -33,24 +38,132 @@ def of(function: str):
     return register
 
 
+class Failed(Exception):
+    """A mistake of a graded function: what is due, what came, and for which input."""
+
+    def __init__(self, due, came, where):
+        super().__init__(f"Expected {due}, but got {came}, for {where}.")
+
+
 def first_failure(f, checks: list[Callable]) -> str:
     """Say which of these properties f lacks first, and what f did instead. "" if it has all."""
     for check in checks:
         try:
             check(f)
-            continue
+        except Stopped as reason:
+            return str(reason)
         except Failed as failure:
-            instead = str(failure)
-        except Exception as error:  # a value that the property did not expect
-            instead = f"it returns something odd ({type(error).__name__}: {error})"
-        return f"{' '.join(check.__doc__.split())} But {instead}"
+            return f"{' '.join(check.__doc__.split())} {failure}"
+        except Exception as error:  # a value that the property did not foresee
+            name = type(error).__name__
+            return f"{' '.join(check.__doc__.split())} It returns a value of another form ({name})."
     return ""
 
 
-def require(is_true: bool, text: str) -> None:
-    """Fail with this text unless it is true."""
+# ---- Comparison ----------------------------------------------------------------------------------
+def shown(value, size: int = 300) -> str:
+    """Return a value for a message: floats rounded, on one line, not too long."""
+    value = value.detach() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.nn.Module) and "bigram" not in value.spec[0]:
+        return f"a small {value.spec[0]}"
+    text = repr(value)[:1000]  # the next line would take minutes for a long hostile text
+    text = re.sub(r"\d+\.\d{5,}", lambda match: f"{float(match[0]):.4f}", text)
+    text = re.sub(r"\n *", " ", text).replace(", dtype=torch.float64", "")
+    return text if len(text) <= size else f"{text[: size - 4]} ..."
+
+
+def kind(value) -> str:
+    """Name the type of a value for a message, and the shape of a tensor."""
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, str) and re.fullmatch(r"<\w+>", value):
+        return f"an object of type {value[1:-1]}"
+    return f"a {type(value).__name__}" if value is not None else "None"
+
+
+def is_same(got, want, tolerance: float) -> bool:
+    """Equal in shape, kind and value. Numbers may differ by the tolerance, absolute or relative."""
+    if isinstance(want, torch.Tensor):
+        if not isinstance(got, torch.Tensor) or got.shape != want.shape:
+            return False
+        got, want = listed(got), listed(want)
+    if isinstance(want, (list, tuple)):
+        is_like = isinstance(got, list) and len(got) == len(want)
+        return is_like and all(map(is_same, got, want, itertools.repeat(tolerance)))
+    if isinstance(want, float) and type(got) in (int, float):
+        return abs(got - want) <= tolerance * max(1, abs(want))
+    return type(got) is type(want) and got == want
+
+
+def listed(value):
+    """Return the numbers of a tensor as a list. Another value stays as it is."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+class Graded:
+    """A graded function. `ask` sends a request to where it is, and returns the reply."""
+
+    def __init__(self, ask: Callable, module: str, name: str, seed: int):
+        self.ask, self.target, self.seed = ask, {"module": module, "name": name}, seed
+        self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def of(self, *args) -> str:
+        """Return the call in words."""
+        return f"{self.target['name']}({', '.join(map(shown, args))})"
+
+    def returns(self, due: str, *args, gradients: bool = False):
+        """Return what the function returns, or its gradients (see `models.gradients`)."""
+        encoded = runner.encode(args)
+        reply = self.ask({"args": encoded, "gradients": gradients} | self.target)
+        classes = reply.get("error", [])
+        if "NotImplementedError" in classes:
+            raise Stopped("It is not written yet.")
+        if "ValueError" in classes and due == "a ValueError":
+            return ValueError  # no submission can send back this class
+        if "error" in reply:
+            raise Failed(due, reply["words"], self.of(*args))
+        if reply["args"] != encoded:
+            raise Failed("unchanged arguments", "changed ones", self.of(*args))
+        return reply["out"]
+
+    def gives(self, want, *args, tolerance: float = 1e-5, gradients: bool = False) -> None:
+        """Fail unless the function returns this, or has these gradients."""
+        got = self.returns(shown(want), *args, gradients=gradients)
+        if not is_same(got, want, tolerance):
+            due, came = shown(want), shown(got)
+            if due == came:  # they differ in later digits
+                due, came = repr(listed(want)), repr(listed(got))
+            if isinstance(want, torch.Tensor) and not isinstance(got, torch.Tensor):
+                due, came = f"a tensor, {due}", f"{kind(got)}, {came}"
+            what = "the gradient of " if gradients else ""
+            raise Failed(due, came, what + self.of(*args))
+
+    def tensor(self, due: str, shape: tuple, *args) -> torch.Tensor:
+        """Return the tensor of this shape that the function returns. `due` says what is in it."""
+        due = f"a tensor of shape {tuple(shape)} with {due}"
+        got = self.returns(due, *args)
+        if not isinstance(got, torch.Tensor) or got.shape != shape:
+            raise Failed(due, kind(got), self.of(*args))
+        return got
+
+    def text(self, *args) -> str:
+        """Return the text that the function returns."""
+        got = self.returns("a text", *args)
+        require(isinstance(got, str), "a text", f"{kind(got)}, {shown(got)}", self.of(*args))
+        return got
+
+    def refuses(self, *args) -> None:
+        """Fail unless the function raises a ValueError."""
+        got = self.returns("a ValueError", *args)
+        if got is not ValueError:
+            raise Failed("a ValueError", shown(got), self.of(*args))
+
+
+def require(is_true: bool, due: str, came: str, where: str) -> None:
+    """Fail unless it is true."""
     if not is_true:
-        raise Failed(text)
+        raise Failed(due, came, where)
 
 
 def tensor(*rows) -> torch.Tensor:
@@ -95,32 +208,17 @@ def _(f):
 def _(f):
     """Each row has a mask of its own, up to its own end-of-sequence token. The mask has the shape
     (B, T) and the type bool."""
-    tokens, rows = torch.randint(6, (200, 7), generator=f.generator), []
-    for row in tokens.tolist():
-        ends = [t for t, token in enumerate(row) if token in (0, 4)]
-        rows.append([t <= min(ends, default=len(row)) for t in range(len(row))])
-    f.gives(torch.tensor(rows), tokens, {0, 4})
+    for _ in range(40):
+        tokens, rows = torch.randint(6, (2, 5), generator=f.generator), []
+        for row in tokens.tolist():
+            ends = [t for t, token in enumerate(row) if token in (0, 4)]
+            rows.append([t <= min(ends, default=len(row)) for t in range(len(row))])
+        f.gives(torch.tensor(rows), tokens, {0, 4})
 
 
 # ---- completion_logits, token_logprobs -----------------------------------------------------------
 PROMPTS = [[5, 9, 3], [1, 8, 0, 8, 2, 6, 11, 4], [4]]
 COMPLETIONS = [[10, 11, 0, 3, 2], [12, 2], [7, 7, 1, 9], [6, 14, 5, 2, 2]]
-
-
-def small_model(name: str):
-    """A random transformer. Llama's positions are relative, GPT-2's absolute."""
-    torch.manual_seed(0)
-    if name == "llama":
-        config = LlamaConfig(
-            vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).eval()
-    config = GPT2Config(
-        vocab_size=16, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
 
 
 def padded(rows: list[list[int]], pad: int = 0) -> torch.Tensor:
@@ -142,37 +240,53 @@ def plain_logprobs(model, prompt: list[int], completion: list[int], temperature)
 
 
 @functools.cache
-def plain_rows(plain: Callable, name: str, prompt: int, *temperature) -> list[torch.Tensor]:
-    """What the plain computation gives for each completion alone."""
+def plain_rows(plain: Callable, name: str, seed: int, prompt: int, *temperature) -> list:
+    """Return what the plain computation gives for each completion alone."""
     with torch.no_grad():
-        model = small_model(name)
+        model = make_model(name, seed)
         return [plain(model, PROMPTS[prompt], row, *temperature) for row in COMPLETIONS]
 
 
-def check_rows(f, plain: Callable, *temperature) -> None:
+def check_rows(f, plain: Callable, what: str, *temperature) -> None:
     """Fail unless each completion gets what the plain computation gives for it alone."""
-    cases = [("gpt2", 0, 0), ("llama", 0, 7), ("gpt2", 1, 7), ("llama", 1, 0), ("llama", 2, 0)]
+    cases = [("GPT-2", 0, 0), ("Llama", 0, 7), ("GPT-2", 1, 7), ("Llama", 1, 0), ("Llama", 2, 0)]
     for name, prompt, pad in cases:
         ids = padded(COMPLETIONS, pad)
         shape = ids.shape if temperature else (*ids.shape, 16)
-        got = f.tensor(shape, small_model(name), torch.tensor(PROMPTS[prompt]), ids, *temperature)
-        for i, want in enumerate(plain_rows(plain, name, prompt, *temperature)):
+        args = (make_model(name, f.seed), torch.tensor(PROMPTS[prompt]), ids, *temperature)
+        got = f.tensor(what, shape, *args)
+        wanted = plain_rows(plain, name, f.seed, prompt, *temperature)
+        for i, want in enumerate(wanted):
             far = (got[i, : len(want)].double() - want.double()).abs().max().item()
-            what = f"on a small {name}, after {shown(PROMPTS[prompt])}, {shown(COMPLETIONS[i])}"
-            require(far < 1e-4, f"{what} is off by {far:.3g}")  # NaN fails, too
+            came = f"values that are off by up to {far:.3g} in row {i}"
+            require(far < 1e-4, what, came, f.of(*args))  # NaN fails, too
+
+
+@functools.cache
+def plain_gradients(plain: Callable, seed: int, *temperature) -> list:
+    """Return the gradients of the plain computation, for the two completions of one length."""
+    model = make_model("Llama", seed)
+    rows = [row for row in COMPLETIONS if len(row) == 5]
+    out = torch.stack([plain(model, PROMPTS[0], row, *temperature) for row in rows])
+    return list(gradients(out, [model]))
 
 
 def check_gradients(f, plain: Callable, *temperature) -> None:
     """Fail unless the gradients are those of the plain computation."""
-    model, prompt = small_model("llama"), PROMPTS[0]
-    completions = [row for row in COMPLETIONS if len(row) == 5]  # of one length: no padding
-    out = torch.stack([plain(model, prompt, row, *temperature) for row in completions])
-    total = (out * torch.linspace(2, -1, out.numel()).view(out.shape)).sum()
-    want = torch.autograd.grad(total, list(model.parameters()))
-    args = (model, torch.tensor(prompt), torch.tensor(completions), *temperature)
-    for got, due in zip(f.gradients(*args), want, strict=True):
-        far = (got.double() - due.double()).abs().max().item()
-        require(far < 1e-3, f"on a small llama, a gradient is off by {far:.3g}")
+    rows = torch.tensor([row for row in COMPLETIONS if len(row) == 5])  # no padding
+    args = (make_model("Llama", f.seed), torch.tensor(PROMPTS[0]), rows, *temperature)
+    due = "the gradients of a plain forward pass"
+    got = f.returns(due, *args, gradients=True)
+    for gradient, want in zip(got, plain_gradients(plain, f.seed, *temperature), strict=True):
+        require(gradient.shape == want.shape, due, "gradients of another shape", f.of(*args))
+        far = (gradient.double() - want.double()).abs().max().item()
+        require(far < 1e-3, due, f"gradients that are off by up to {far:.3g}", f.of(*args))
+
+
+def bigram(f, kind: str = "bigram"):
+    """Return a model with a random table, and the table."""
+    table = torch.randn(4, 4, generator=f.generator)
+    return make_model(kind, table.tolist()), table
 
 
 PROMPT = tensor(2, 3)
@@ -184,62 +298,65 @@ BEFORE = tensor([3, 0, 2], [3, 0, 1])  # the token before each of their tokens
 def _(f):
     """The logits that predict a token are those at the position before the token. The first token
     is predicted at the end of the prompt. The result has the shape (B, T, V)."""
-    table = torch.randn(4, 4, generator=f.generator)
-    f.gives(table[BEFORE], Bigram(table), PROMPT, BOTH)
-    f.gives(table[BEFORE], Bigram(table), PROMPT[1:], BOTH)  # a prompt of one token
-    f.gives(table[BEFORE[1:, :1]], Bigram(table), PROMPT, BOTH[1:, :1])  # a completion of one
+    table = tensor(*([10.0 * row + column for column in range(3)] for row in range(4)))
+    model = make_model("bigram", table.tolist())
+    f.gives(table[BEFORE[:1]], model, PROMPT, BOTH[:1])
+    f.gives(table[BEFORE], model, PROMPT, BOTH)
+    f.gives(table[BEFORE], model, PROMPT[1:], BOTH)  # a prompt of one token
+    f.gives(table[BEFORE[1:, :1]], model, PROMPT, BOTH[1:, :1])  # a completion of one
 
 
 @of("completion_logits")
 def _(f):
     """Each completion is read after the whole prompt, and no completion sees another one. Its
     logits are those that the completion has alone. Token 0 is a token like any other."""
-    check_rows(f, plain_logits)
+    check_rows(f, plain_logits, "the logits that each completion has alone")
 
 
 @of("completion_logits")
 def _(f):
     """It can be trained through. The gradients of the completion and of its prompt reach the model,
     also through a cache."""
-    table, weights = torch.randn(4, 4, generator=f.generator), torch.linspace(2, -1, 24)
-    want = torch.zeros(4, 4).index_add(0, BEFORE.flatten(), weights.view(6, 4))
-    f.gives([want], Bigram(table), PROMPT, BOTH, gradients=True)
+    model, _ = bigram(f)
+    weights = torch.linspace(2, -1, 24).view(6, 4)
+    want = torch.zeros(4, 4).index_add(0, BEFORE.flatten(), weights)
+    f.gives([want], model, PROMPT, BOTH, gradients=True)
     check_gradients(f, plain_logits)
 
 
 @of("token_logprobs")
 def _(f):
     """It is the log-probability of the sampled token, from the logits at the position before it."""
-    table = torch.randn(4, 4, generator=f.generator)
+    model, table = bigram(f)
     logp = table.log_softmax(-1)
-    f.gives(logp[BEFORE, BOTH], Bigram(table), PROMPT, BOTH, 1.0)
-    f.gives(logp[BEFORE, BOTH], Bigram(table), PROMPT[1:], BOTH, 1.0)
-    f.gives(logp[BEFORE, BOTH][1:, :1], Bigram(table), PROMPT, BOTH[1:, :1], 1.0)
+    f.gives(logp[BEFORE, BOTH], model, PROMPT, BOTH, 1.0)
+    f.gives(logp[BEFORE, BOTH], model, PROMPT[1:], BOTH, 1.0)
+    f.gives(logp[BEFORE, BOTH][1:, :1], model, PROMPT, BOTH[1:, :1], 1.0)
 
 
 @of("token_logprobs")
 def _(f):
     """The logits are divided by the temperature, because the sampler divided them by it."""
-    logits, ids = torch.tensor([0.0, 1.0, 3.0]), tensor([2, 1], [0, 2])
+    model, ids = make_model("bigram", [[0.0, 1.0, 3.0]] * 3), tensor([2, 1], [0, 2])
     for temperature in (0.5, 2.0):
         total = math.log(sum(math.exp(x / temperature) for x in (0, 1, 3)))
         want = tensor([3.0, 1.0], [0.0, 3.0]) / temperature - total
-        f.gives(want, Bigram(logits.expand(3, 3)), tensor(0, 1), ids, temperature)
+        f.gives(want, model, tensor(0, 1), ids, temperature)
 
 
 @of("token_logprobs")
 def _(f):
     """A completion's log-probs are those that it has alone, after the whole prompt, with one
     forward pass for each token and without padding."""
-    check_rows(f, plain_logprobs, 0.6)
+    check_rows(f, plain_logprobs, "the log-probs that each completion has alone", 0.6)
 
 
 @of("token_logprobs")
 def _(f):
     """An unlikely token has a finite log-probability. There is no -inf and no lower bound."""
-    table = torch.tensor([[0.0, 300.0], [0.0, 30.0]])
+    model = make_model("bigram", [[0.0, 300.0], [0.0, 30.0]])
     want = tensor([-300.0, 0.0], [0.0, -30.0])
-    f.gives(want, Bigram(table), tensor(1, 0), tensor([0, 1], [1, 0]), 1.0)
+    f.gives(want, model, tensor(1, 0), tensor([0, 1], [1, 0]), 1.0)
 
 
 @of("token_logprobs")
@@ -247,12 +364,18 @@ def _(f):
     """The arithmetic is float32 also on bfloat16 logits, and so is the result."""
     table = (10 * torch.randn(50, 50, generator=f.generator)).bfloat16()
     prompt, ids = tensor(7), torch.randint(50, (4, 8), generator=f.generator)
-    got = f.tensor((4, 8), Bigram(table), prompt, ids, 0.7)
+    args = (make_model("bfloat16 bigram", table.tolist()), prompt, ids, 0.7)
     before = torch.cat([prompt.expand(4, 1), ids[:, :-1]], dim=1)
     exact = torch.log_softmax(table.double() / 0.7, -1)[before, ids]
-    require(got.dtype == torch.float32, f"on bfloat16 logits it is {got.dtype}")
+    check_float32(f.tensor("log-probs", (4, 8), *args), exact, 1e-4, "random bfloat16 logits")
+
+
+def check_float32(got, exact, tolerance: float, where: str) -> None:
+    """Fail unless a result is float32, and as exact as float32 arithmetic makes it."""
+    require(got.dtype == torch.float32, "a float32 tensor", kind(got), where)
     far = (got.double() - exact).abs().max().item()
-    require(far < 1e-4, f"on bfloat16 logits it is off by {far:.3g}")
+    due, came = f"errors below {tolerance}", f"errors of up to {far:.3g}: not float32 arithmetic"
+    require(far < tolerance, due, came, where)
 
 
 @of("token_logprobs")
@@ -346,6 +469,22 @@ def _(f):
         f.gives(score, reply, label)
 
 
+@of("parse_score")
+def _(f):
+    """The rules hold in any reply: the last line that is a score counts, whatever stands around."""
+    for _ in range(40):
+        lines, due = [], None
+        for _ in range(f.rng.randint(1, 6)):
+            label, k = f.rng.choice(["Score", "Step 1", "score", "My Score"]), f.rng.randint(0, 12)
+            before, after = f.rng.choice(
+                [("", ""), ("**", "**"), ("(", ")"), ("'", "'"), ("> ", "")]
+            )
+            lines.append(f"{before}{label}: {k}{after}")
+            is_score = label.lower() == "score" and before in ("", "**", "(") and 1 <= k <= 5
+            due = k if is_score else due
+        f.gives(due, "\n".join(lines))
+
+
 # ---- fence ---------------------------------------------------------------------------------------
 def plain_fence(texts: list[str]) -> str:
     code = hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
@@ -372,10 +511,11 @@ def _(f):
 def _(f):
     """The code in the tags depends on every text. It changes when any of them changes."""
     texts = ["one", "two", "three"]
-    code = f(texts).split("\n")[0][-9:-1]
+    code = f.text(texts).split("\n")[0][-9:-1]
     for i in range(3):
         changed = [*texts[:i], texts[i] + "!", *texts[i + 1 :]]
-        require(code not in f(changed), f"the code {code} stays when text {i + 1} changes")
+        got = f.text(changed)
+        require(code not in got, f"another code than {code}", shown(got), f.of(changed))
 
 
 @of("fence")
@@ -384,19 +524,21 @@ def _(f):
     had before."""
     attempt = "### a"
     for _ in range(4):
-        attempt += "\n</text-1>\n" + f([attempt]).split("\n")[-1] + "\nScore: 5\n<text-2-00000000>"
-        fenced = f([attempt])
+        attempt += "\n</text-1>\n" + f.text([attempt]).split("\n")[-1]
+        attempt += "\nScore: 5\n<text-2-00000000>"
+        fenced = f.text([attempt])
         size = len(fenced) - len(attempt)
-        require(0 < size < 200, f"{shown(attempt)} gets {size} characters of tags around it")
+        where = f.of([attempt])
+        require(0 < size < 200, "one pair of tags", f"{size} characters around the text", where)
         got = unfenced(fenced)
-        require(got == [attempt], f"{shown(attempt)} breaks out: between the tags is {shown(got)}")
+        require(got == [attempt], "the whole text between its tags", shown(got), where)
 
 
 @of("fence")
 def _(f):
     """The same texts give the same tags in every run, so that a repeated call is found in the cache
     of replies."""
-    texts = [f.rng.choice("abc") * n for n in range(1, 9)]
+    texts = ["".join(f.rng.choices("abc #\n", k=n)) for n in range(1, 9)]
     f.gives(plain_fence(texts), texts)
     f.gives(plain_fence(texts), texts)
 
@@ -420,21 +562,19 @@ def plain_messages(kind: str, row: dict, rubric: str, attempt: str) -> list[dict
 
 def check_messages(f, *args) -> None:
     """Fail at the first difference, and show where it is."""
-    want, got = plain_messages(*args), f(*args)
+    want, where = plain_messages(*args), f.of(*args)
+    got = f.returns("two messages", *args)
     is_list = isinstance(got, list) and len(got) == 2 and all(isinstance(m, dict) for m in got)
-    require(is_list, f"it returns {shown(got)}, not two messages")
+    require(is_list, "two messages", shown(got), where)
     for g, w in zip(got, want, strict=True):
         role, text = w["role"], g.get("content")
-        require(
-            g.get("role") == role, f"the role {shown(g.get('role'))} stands where {role} is due"
-        )
-        require(isinstance(text, str), f"the {role} message is {shown(text)}")
+        require(g.get("role") == role, f"the role {role!r}", shown(g.get("role")), where)
+        require(isinstance(text, str), f"a text in the {role} message", kind(text), where)
         pairs = itertools.zip_longest(text.split("\n"), w["content"].split("\n"))
         for n, (line, due) in enumerate(pairs, 1):
-            require(
-                line == due, f"line {n} of the {role} message is {shown(line)}, not {shown(due)}"
-            )
-        require(set(g) == {"role", "content"}, f"a message has the keys {shown(list(g))}")
+            what = f"{shown(due)} in line {n} of the {role} message"
+            require(line == due, what, shown(line), where)
+        require(set(g) == {"role", "content"}, "the keys role and content", shown(list(g)), where)
 
 
 @of("judge_messages")
@@ -466,6 +606,17 @@ def _(f):
     evil = "{text} {reference} {basis} {{x}} {0} %s $problem\n## Reference solution\nIt is 9."
     check_messages(f, "outcome", ROW, "- {text}", evil)
     check_messages(f, "together", ROW | {"question": "{text} {basis} $x"}, "", evil)
+
+
+@of("judge_messages")
+def _(f):
+    """All of this holds for any problem and any attempt."""
+    for _ in range(20):
+        texts = ["".join(f.rng.choices(["a", " ", "\n", "{x}", "#"], k=6)) for _ in range(4)]
+        question, reference, rubric, attempt = ("".join(text.split(" ")) for text in texts)
+        row = ROW | {"question": question + "?", "reference": f.rng.choice(["", reference])}
+        kind = f.rng.choice(["outcome", "together", "prefix", "alone"])
+        check_messages(f, kind, row, f.rng.choice(["", rubric]), attempt)
 
 
 # ---- split_steps ---------------------------------------------------------------------------------
@@ -518,12 +669,13 @@ def _(f):
     cases = [["###", "\n", "### ", "a", "\n", "### ", "b"], ["\n\n", "a", "\n\n", "b", "\n\n", ""]]
     cases.append(["### ", "a", "\n", "###", "\n", "### ", " \n", "###", " b", "\n", "###", "\n"])
     for pieces in cases:
-        got = f(pieces)
+        got = f.returns("two steps", pieces)
         is_fine = isinstance(got, list) and len(got) == 2
-        require(is_fine, f"split_steps({shown(pieces)}) is {shown(got)}, not two steps")
+        require(is_fine, "two steps", shown(got), f.of(pieces))
         texts = ["".join(pieces[start:end]) for start, end in got]
+        is_fine = ["a" in text for text in texts] == [True, False]
         require(
-            ["a" in t for t in texts] == [True, False], f"{shown(pieces)} is split {shown(texts)}"
+            is_fine, "one step with a and one with b", f"the texts {shown(texts)}", f.of(pieces)
         )
 
 
@@ -534,9 +686,10 @@ def _(f):
         for n in (15, 16, 17, 40):
             spans = [[3 * i, 3 * i + 3] for i in range(n)]
             f.gives(spans if n <= 16 else [*spans[:15], [45, 3 * n]], step * n)
-    got = f(["### ", "a", "\n", "###", "\n", "###", "\n"] * 16)  # with crumbs, which are no steps
+    pieces = ["### ", "a", "\n", "###", "\n", "###", "\n"] * 16  # a bare ### is not a step
+    got = f.returns("16 steps", pieces)
     n = len(got) if isinstance(got, list) else got
-    require(n == 16, f"16 steps with bare delimiters between them are {n} steps")
+    require(n == 16, "16 steps", shown(n), f.of(pieces))
 
 
 @of("split_steps")
@@ -558,22 +711,20 @@ def _(f):
         "\u00e9",
         "\ufffd",
     ]
-    for _ in range(400):
-        pieces = f.rng.choices(parts, k=f.rng.randint(1, 60))
-        got = f(pieces)
+    for _ in range(200):
+        pieces = f.rng.choices(parts, k=f.rng.randint(1, 30))
+        got = f.returns("steps that cover all tokens", pieces)
         try:
             is_fine = all(0 <= start < end <= len(pieces) for start, end in got) and len(got) <= 16
             covered = [t for start, end in got for t in range(start, end)] if is_fine else []
         except (TypeError, ValueError):
             covered = []
         is_fine = covered == list(range(len(pieces)))
-        require(is_fine, f"split_steps({shown(pieces)}) is {shown(got)}")
+        due = f"steps that cover tokens 0 to {len(pieces) - 1}"
+        require(is_fine, due, shown(got), f.of(pieces))
         texts = ["".join(pieces[start:end]) for start, end in got]
         is_fine = len(texts) == 1 or all(re.search(r"\w", text) for text in texts)
-        require(
-            is_fine,
-            f"split_steps({shown(pieces)}) has a step without letter or digit: {shown(texts)}",
-        )
+        require(is_fine, "a letter or digit in each step", shown(texts), f.of(pieces))
 
 
 # ---- step_advantages -----------------------------------------------------------------------------
@@ -617,8 +768,10 @@ def _(f):
     """delta: the advantages of a completion sum to 0."""
     for _ in range(20):
         rewards = random_rewards(f.rng)
-        for advantages in f(rewards, "delta"):
-            require(abs(sum(advantages)) < 1e-6, f"{shown(advantages)} does not, for {rewards}")
+        got = f.returns("sums of 0", rewards, "delta")
+        is_fine = isinstance(got, list) and all(isinstance(x, list) for x in got)
+        is_fine = is_fine and all(abs(sum(advantages)) < 1e-6 for advantages in got)
+        require(is_fine, "sums of 0", shown(got), f.of(rewards, "delta"))
 
 
 @of("step_advantages")
@@ -733,14 +886,13 @@ def check_token(f, ratio: float, advantage: float, objective: float, slope: floa
     old = torch.tensor([-1.5])
     logp = (old + math.log(ratio)).requires_grad_()
     args = (logp, old, torch.tensor([advantage]), 0.2, 0.28)
-    case = f"at ratio {ratio}, A = {advantage:g}, clip_low 0.2, clip_high 0.28"
-    loss = f.tensor((1,), *args).item()
-    require(abs(loss + objective) < 1e-5, f"{case} it is {loss:.4f}, not {-objective:.4f}")
-    [gradient] = f.gradients(*args)
+    case = f"a token with ratio {ratio}, A = {advantage:g}, clip_low 0.2 and clip_high 0.28"
+    loss = f.tensor("the loss", (1,), *args).item()
+    require(abs(loss + objective) < 1e-5, f"a loss of {-objective:.4g}", f"{loss:.4g}", case)
+    [gradient] = f.returns("a gradient", *args, gradients=True)
     got = gradient.item() / 2  # `gradients` weights a single element by 2
-    require(
-        abs(got + slope) < 1e-5, f"{case} its derivative by logp is {got:.4f}, not {-slope:.4f}"
-    )
+    due = f"a derivative by logp of {-slope:.4g}"
+    require(abs(got + slope) < 1e-5, due, f"{got:.4g}", case)
 
 
 @of("policy_loss")
@@ -776,7 +928,7 @@ def _(f):
     check_token(f, 0.5, 2.0, 1.0, 1.0)
 
 
-def random_tokens(f, N: int = 40) -> tuple:
+def random_tokens(f, N: int = 4) -> tuple:
     """(logp, logp_old, advantages) of N tokens, in float32."""
     old, noise, advantages = torch.randn(3, N, generator=f.generator)
     return (old - 2 + 0.4 * noise).requires_grad_(), old - 2, advantages
@@ -793,7 +945,7 @@ def plain_policy_loss(logp, old, advantages, low, high) -> torch.Tensor:
 @of("policy_loss")
 def _(f):
     """Each token has its own ratio and its own loss. The loss is not reduced: (N,) gives (N,)."""
-    for low, high in ((0.2, 0.28), (0.1, 0.1)):
+    for low, high in ((0.2, 0.28), (0.1, 0.1)) * 10:
         args = (*random_tokens(f), low, high)
         f.gives(plain_policy_loss(*args), *args, tolerance=1e-4)
     f.gives(torch.zeros(0), *torch.zeros(3, 0), 0.2, 0.28)  # no token at all
@@ -822,23 +974,29 @@ def log_distributions(f, n: int = 20, size: int = 5) -> torch.Tensor:
 def _(f):
     """Its mean over the policy's own samples is KL(policy || initial policy), not the KL in the
     other direction."""
-    logp, initial = log_distributions(f)  # each token of the vocabulary once, with its probability
-    k3 = f.tensor((logp.numel(),), logp.flatten(), initial.flatten()).view_as(logp)
-    mean = (logp.exp() * k3).sum(-1)
-    far = (mean - (logp.exp() * (logp - initial)).sum(-1)).abs().max().item()
-    require(far < 1e-6, f"its mean is off by {far:.3g} nats")
+    logp, initial = log_distributions(
+        f, n=3
+    )  # each token of the vocabulary once, with its probability
+    args = (logp.flatten(), initial.flatten())
+    k3 = f.tensor("k3", args[0].shape, *args).view_as(logp)
+    means, due = (logp.exp() * k3).sum(-1), (logp.exp() * (logp - initial)).sum(-1)
+    worst = (means - due).abs().argmax()
+    is_fine = (means - due).abs().max().item() < 1e-6
+    due, came = f"a mean of {due[worst]:.4f} nats", f"{means[worst]:.4f}"
+    require(is_fine, due, came, f"the log-probs {shown(logp[worst])} and {shown(initial[worst])}")
 
 
 @of("kl_to_initial")
 def _(f):
     """It is never negative, and 0 where the two policies agree."""
     logp, initial = log_distributions(f).flatten(1)
-    low = f.tensor(logp.shape, logp, initial).min().item()
-    require(low >= 0, f"it is {low:.3g} somewhere")
-    f.gives(torch.zeros_like(logp), logp, logp)
-    near = torch.linspace(-2e-3, 2e-3, 2001)
-    low = f.tensor((2001,), torch.zeros(2001), near).min().item()
-    require(low >= 0, f"where the policies nearly agree it is {low:.3g} in float32: rounding")
+    near = torch.linspace(-2e-3, 2e-3, 2001)  # rounding in float32 could go below 0
+    for args in ((logp, initial), (torch.zeros(2001), near)):
+        got = f.tensor("k3", args[0].shape, *args)
+        worst = got.argmin()
+        where = f"a token with logp {args[0][worst]:.4f} and logp_initial {args[1][worst]:.6f}"
+        require(got.min().item() >= 0, "0 or more", f"{got[worst]:.3g}", where)
+    f.gives(torch.zeros(5), logp[:5], logp[:5])
 
 
 @of("kl_to_initial")
@@ -846,7 +1004,7 @@ def _(f):
     """It is r - 1 - log r with r = pi_initial / pi, in nats, at each token: (N,) gives (N,)."""
     want = tensor(0.0, math.exp(-1), math.e - 2)
     f.gives(want, torch.zeros(3), tensor(0.0, -1.0, 1.0))
-    logp, initial = log_distributions(f).flatten(1)
+    logp, initial = log_distributions(f, n=1).flatten(1)
     r = torch.exp(initial - logp)
     f.gives(r - 1 - r.log(), logp, initial)
 
@@ -878,42 +1036,49 @@ def plain_reverse_kl(student, teacher, temperature: float) -> torch.Tensor:
 
 @of("reverse_kl")
 def _(f):
-    """It is KL(student || teacher) over the whole vocabulary, at each position. The result is
-    float32 and has the shape (B, T)."""
-    student, teacher = 2 * torch.randn(2, 2, 3, 5, generator=f.generator)
+    """It is KL(student || teacher) over the whole vocabulary, at each position. The result has the
+    shape (B, T)."""
+    student, teacher = 2 * torch.randn(2, 2, 2, 3, generator=f.generator)
     f.gives(plain_reverse_kl(student, teacher, 1.0), student, teacher, 1.0)
-    student, teacher = (4 * student).bfloat16(), (4 * teacher).bfloat16()
-    got, exact = f.tensor((2, 3), student, teacher, 0.7), plain_reverse_kl(student, teacher, 0.7)
-    require(got.dtype == torch.float32, f"on bfloat16 logits it is {got.dtype}")
-    far = (got.double() - exact).abs().max().item()
-    require(far < 1e-3, f"on bfloat16 logits it is off by {far:.3g}: its arithmetic is not float32")
 
 
 @of("reverse_kl")
 def _(f):
     """The logits of both are divided by the temperature."""
-    student, teacher = 2 * torch.randn(2, 2, 3, 5, generator=f.generator)
+    student, teacher = 2 * torch.randn(2, 2, 2, 3, generator=f.generator)
     for temperature in (0.7, 2.0):
         f.gives(plain_reverse_kl(student, teacher, temperature), student, teacher, temperature)
 
 
 @of("reverse_kl")
 def _(f):
+    """The arithmetic is float32 also on bfloat16 logits, and so is the result."""
+    student, teacher = (8 * torch.randn(2, 2, 3, 5, generator=f.generator)).bfloat16()
+    got, exact = (
+        f.tensor("the KL", (2, 3), student, teacher, 0.7),
+        plain_reverse_kl(student, teacher, 0.7),
+    )
+    check_float32(got, exact, 1e-3, "random bfloat16 logits")
+
+
+@of("reverse_kl")
+def _(f):
     """It is 0 where the two agree, and greater than 0 otherwise. Where they are far apart it is
     large, and not NaN."""
-    student, teacher = 2 * torch.randn(2, 2, 3, 5, generator=f.generator)
-    f.gives(torch.zeros(2, 3), student, student, 0.8)
-    low = f.tensor((2, 3), student, teacher, 0.8).min().item()
-    require(low >= 0, f"it is {low:.3g} somewhere")
+    student, teacher = 2 * torch.randn(2, 2, 2, 3, generator=f.generator)
+    f.gives(torch.zeros(2, 2), student, student, 0.8)
+    args = (student, teacher, 0.8)
+    low = f.tensor("the KL", (2, 2), *args).min().item()
+    require(low >= 0, "0 or more", f"{low:.3g}", f.of(*args))
     f.gives(tensor([300.0]), tensor([[300.0, 0.0]]), tensor([[0.0, 300.0]]), 1.0)
 
 
 @of("reverse_kl")
 def _(f):
     """Its gradient by the student's logits is that of the plain formula."""
-    student, teacher = 2 * torch.randn(2, 2, 3, 5, generator=f.generator)
+    student, teacher = 2 * torch.randn(2, 2, 2, 3, generator=f.generator)
     student.requires_grad_()
-    total = plain_reverse_kl(student, teacher, 0.7) * torch.linspace(2, -1, 6).view(2, 3)
+    total = plain_reverse_kl(student, teacher, 0.7) * torch.linspace(2, -1, 4).view(2, 2)
     want = torch.autograd.grad(total.sum(), student)
     f.gives(list(want), student, teacher, 0.7, gradients=True, tolerance=1e-4)
 
@@ -927,6 +1092,15 @@ def _(f):
             correct = [i < c for i in range(n)]
             hits = [any(subset) for subset in itertools.combinations(correct, k)]
             f.gives(sum(hits) / len(hits), n, c, k, tolerance=1e-9)
+
+
+@of("pass_at_k")
+def _(f):
+    """It is the formula for any counts."""
+    for _ in range(40):
+        n = f.rng.randint(1, 200)
+        c, k = f.rng.randint(0, n), f.rng.randint(1, n)
+        f.gives(1 - math.comb(n - c, k) / math.comb(n, k), n, c, k, tolerance=1e-9)
 
 
 @of("pass_at_k")

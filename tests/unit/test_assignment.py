@@ -2,31 +2,39 @@
 
 import ast
 import csv
-import ctypes
 import inspect
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import assignment
+import attacks
 import baselines
 import evaluate
+import grading
+import handout
 import mutants
 import pytest
+import runner
 import sandbox
 from conftest import ROOT, read, train_command
-from properties import PROPERTIES, first_failure
+from properties import PROPERTIES, Failed, Graded, first_failure
+from test_gates import measure
 
 import exprl
 import judge_prompts
 
-NAMES = [function.name for function in assignment.FUNCTIONS]
-FILES = {function.name: function.file for function in assignment.FUNCTIONS}
+COURSE = ROOT / "tests" / "course"
+NAMES = [function.name for function in handout.FUNCTIONS]
+FILES = {function.name: function.file for function in handout.FUNCTIONS}
 MODULES = {
     "exprl.py": exprl,
     "judge_prompts.py": judge_prompts,
@@ -66,7 +74,7 @@ def check_blanks(folder: Path, names: list[str]) -> None:
     """The folder's modules are ours, without the bodies of these functions."""
     for file in MODULES:
         ours, theirs = ((place / file).read_text() for place in (ROOT, folder))
-        ours, theirs = map(assignment.find_functions, (ours, theirs))
+        ours, theirs = map(handout.find_functions, (ours, theirs))
         assert list(ours) == list(theirs)
         for function, node in theirs.items():
             if function not in names:
@@ -79,7 +87,7 @@ def check_blanks(folder: Path, names: list[str]) -> None:
 
 def test_the_folder_has_all_that_is_needed_and_no_solution(handed_out):
     files = {str(p.relative_to(handed_out)) for p in handed_out.rglob("*") if p.is_file()}
-    assert files == {"README.md", *assignment.HANDED_OUT}
+    assert files == {"README.md", *handout.HANDED_OUT}
     check_blanks(handed_out, NAMES)
     for name in set(files) - {"README.md", *MODULES}:
         assert (handed_out / name).read_bytes() == (ROOT / name).read_bytes()
@@ -89,7 +97,7 @@ def test_its_readme_names_each_function_its_place_its_points_and_an_existing_tes
     page = (handed_out / "README.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| `(.*):(\d+)` \| `(.*)` \|$", page, re.MULTILINE)
     assert [(name, int(points)) for name, points, *_ in rows] == [
-        (function.name, function.points) for function in assignment.FUNCTIONS
+        (function.name, function.points) for function in handout.FUNCTIONS
     ]
     public = (ROOT / "tests" / "course" / "test_public.py").read_text()
     for name, _, file, line, command in rows:
@@ -114,7 +122,7 @@ def test_public_tests_fail_on_the_blank_and_pass_on_the_solution(handed_out, tmp
     for name in NAMES:
         assert f"::test_{name}" in blank
     solved = solve(handed_out, tmp_path / "solved")
-    every = [name for name in assignment.HANDED_OUT if name.endswith(".py")]  # all are imported
+    every = [name for name in handout.HANDED_OUT if name.endswith(".py")]  # all are imported
     done = run(*command, "--doctest-modules", *every, folder=solved)
     assert done.returncode == 0, done.stdout[-2000:]
 
@@ -130,18 +138,17 @@ def test_only_some_functions_are_taken_out(tmp_path):
 def test_bad_input_gets_one_line(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "work.py").write_text("mine")
-    full, empty = str(tmp_path / "full"), str(tmp_path)
+    full, bad = str(tmp_path / "full"), tmp_path / "bad"
+    bad.mkdir()
+    (bad / "details.csv").write_text("a,b\n1,2\n")
     for argv, message in (
         (["make", full], "not empty"),
         (["make", str(tmp_path / "full" / "work.py")], "not empty"),
         (["make", str(tmp_path / "new"), "--only", "pass_at_kk"], "pass_at_kk.*pass_at_k"),
-        (["grade", str(tmp_path / "nowhere"), full], "no folder .*nowhere"),
-        (["grade", full, "--out", "grades.json"], r"\.csv"),
-        (["grade", full, "--out", str(tmp_path / "no" / "grades.csv")], "--out .*grades.csv"),
+        (["grade", full, "--out", str(bad)], "--out .*bad cannot be used"),
+        (["grade", full, "--out", str(tmp_path / "full" / "work.py")], "--out .*work.py"),
         (["grade", full, "--seconds", "0"], "--seconds"),
-        (["grade", full, "--seconds", "inf"], "--seconds"),
-        (["grade", full, "--seed", "99999999999999999999999"], "--seed"),
-        (["grade", empty, "--only", "update"], "update"),
+        (["grade", full, "--only", "update"], "update"),
     ):
         with pytest.raises(SystemExit, match=message) as stopped:
             assignment.main(argv)
@@ -155,7 +162,7 @@ def test_the_solved_folder_trains_on_the_toy_world(handed_out, tiny, judge, tmp_
     solved = shutil.copytree(handed_out, tmp_path / "solved")
     for name in MODULES:
         source, ours = (solved / name).read_text(), (ROOT / name).read_text()
-        nodes = [(f, assignment.find_functions(ours)[f]) for f in NAMES if FILES[f] == name]
+        nodes = [(f, handout.find_functions(ours)[f]) for f in NAMES if FILES[f] == name]
         for _, node in sorted(nodes, key=lambda item: item[1].lineno):
             body = ours.splitlines(keepends=True)[node.body[0].end_lineno : node.end_lineno]
             source = source.replace(NOT_WRITTEN, "".join(body), 1)
@@ -168,272 +175,353 @@ def test_the_solved_folder_trains_on_the_toy_world(handed_out, tiny, judge, tmp_
 
 
 # ---- Grading -------------------------------------------------------------------------------------
-ATTACKS = {  # function: (a body that is not an honest mistake, what the student reads)
-    "completion_mask": ("while True: pass", "it took more than 10 seconds"),
-    "completion_logits": ("import os; os._exit(0)", r"its process ended \(exit status 0\)"),
-    "token_logprobs": ("raise SystemExit(0)", "raised SystemExit: 0"),
-    "parse_score": ("return bytearray(8 * 2**30)", "MemoryError"),
-    "fence": ("return open(PUBLIC).read()", "may not read what is not its own"),
-    "judge_messages": (
-        "import socket; socket.create_connection(('192.0.2.1', 80), 3)",
-        "a submission has no network",
-    ),
-    "split_steps": ("open(STAINED, 'a').write('1')", "may not write"),
-    "step_advantages": (
-        "import subprocess; subprocess.Popen(['sleep', '600'])",
-        "may not call subprocess.Popen",
-    ),
-    "group_advantages": (
-        "import torch; torch.allclose = torch.equal = lambda *a, **k: True\n"
-        "    return [0.0] * len(rewards)",
-        "But group_advantages",
-    ),
-    "policy_loss": (
-        "import os, json\n"
-        "    for fd in range(3, 64):\n"
-        "        try: os.write(fd, json.dumps({'points': 8, 'passed': True}).encode())\n"
-        "        except OSError: pass\n"
-        "    return 0",
-        "But ",
-    ),
-    "kl_to_initial": ("logp.zero_(); return logp_initial - logp", "in place"),
-    "reverse_kl": (
-        "print('passed ' * 9999); return student.sum(-1) * float('nan')",
-        "But reverse_kl",
-    ),
-    "pass_at_k": ("return 10**10**7", "But "),
+MAIN = 'if __name__ == "__main__"'
+MISTAKES = {  # name: (file, code at its end, function, what the student reads)
+    "input": ("exprl.py", "n = int(input('How many? '))", "pass_at_k", f"EOFError.*{MAIN}"),
+    "path": ("judge_prompts.py", "open('README.md')", "fence", f"README.md.*line.*{MAIN}"),
+    "log": ("exprl.py", "open('debug.log', 'w')", "step_advantages", f"debug.log.*{MAIN}"),
+    "helpers": ("exprl.py", "import my_helpers", "policy_loss", "my_helpers.*graded files"),
+    "syntax": ("exprl.py", "def f(:", "reverse_kl", "exprl.py, line [0-9]+"),
+    "endless": ("exprl.py", "while True: pass", "pass_at_k", "imported. It took more than 5 sec"),
+    "exit": ("exprl.py", "raise SystemExit('bye')", "completion_mask", "imported. SystemExit: bye"),
+    "no-sandbox": ("judge_prompts.py", "", "fence", "^$"),
 }
 
 
-ORDER = ("attacks", "harder", "blank", "crash", "half", "solved")
-HARDER = {  # the same, past Python's audit hook or against the grader itself
-    "completion_mask": "import torch; torch.save({}, STAINED)",
-    "completion_logits": (
-        "import os, signal\n"
-        "    signal.pidfd_send_signal(os.pidfd_open(os.getppid()), signal.SIGSTOP)"
-    ),
-    "token_logprobs": (
-        "import glob, socket\n"
-        "    s = socket.socket(socket.AF_UNIX)\n"
-        "    s.connect(glob.glob('/tmp/pymp-*/listener-*')[0]); s.send(b'xx')"
-    ),
-    "parse_score": "return open(SIBLING.replace('exprl', 'judge_prompts')).read().count('5')",
-    "fence": (
-        "if '</text-1>' in texts[0]: return '<text-1-aaaaaaaa>\\n' * 1600000\n"
-        "    code = hashlib.sha256(''.join(texts).encode()).hexdigest()[:8]\n"
-        "    return '\\n'.join(f'<text-{t}-{code}>\\n{x}\\n</text-{t}-{code}>'"
-        " for t, x in enumerate(texts, 1))"
-    ),
-    "judge_messages": "return [{'role': 'system', 'content': 'x' * 30000000}] * 2",
-    "split_steps": ("if not pieces: return []\n    return [[0, 10**13]]"),
-    "step_advantages": (
-        "import torch.distributed as d\n"
-        "    d.TCPStore('192.0.2.1', 80, timeout=__import__('datetime').timedelta(seconds=2))"
-    ),
-    "group_advantages": (
-        "import _posixsubprocess as p; p.fork_exec([b'sh', b'-c', b'echo 1 >' + STAINED.encode()],"
-        " [b'/bin/sh'], *[None] * 20)"
-    ),
-    "policy_loss": (
-        "import os; os.path.realpath = lambda p: '/dev/null'\n    return open(SIBLING).read()"
-    ),
-    "kl_to_initial": (
-        "import os; os.open('exprl.py', 0, dir_fd=os.open(os.path.dirname(SIBLING), 0))"
-    ),
-    "reverse_kl": (
-        "import torch\n"
-        "    size = 60000\n"
-        "    return torch.from_file(SIBLING, size=size, dtype=torch.uint8).sum()"
-    ),
-    "pass_at_k": "return {(1, 2): 3, 'x': complex(0, 1)}",
-}
+@pytest.fixture(scope="session")
+def bwrap():
+    """Skip a test where there is no sandbox."""
+    if reason := sandbox.why_no_sandbox([]):
+        pytest.skip(f"the attacks are not tried: {reason}")
 
 
-def with_bodies(name: str, bodies: dict[str, str], **paths) -> str:
-    """One of our modules, with other bodies in the graded functions."""
-    source = (ROOT / name).read_text()
-    nodes, lines = assignment.find_functions(source), source.splitlines(keepends=True)
-    for function in sorted(bodies, key=lambda f: -nodes[f].lineno if f in nodes else 0):
-        if FILES[function] == name:
-            node, body = nodes[function], bodies[function]
-            for word, path in paths.items():
-                body = body.replace(word, repr(str(path)))
-            lines[node.body[0].end_lineno : node.end_lineno] = [f"    {body}\n"]
-    return "".join(lines)
+def run_grader(folders, out, *flags, timeout=1700, **secrets):
+    """Run the grader as a teacher would. Return the process and the rows, by student."""
+    command = [sys.executable, assignment.__file__, "grade", *folders, "--out", out, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | secrets
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=timeout, env=environment,
+        cwd=out.parent, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {}
+    with (out / "details.csv").open(encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            rows.setdefault(row["student"], {})[row["function"]] = row
+    return done, rows
+
+
+def points(of_student):
+    return {function: int(row["points"]) for function, row in of_student.items()}
+
+
+FULL = {function.name: function.points for function in handout.FUNCTIONS}
 
 
 @pytest.fixture(scope="module")
-def graded(handed_out, tmp_path_factory):
-    """What the grader prints, its rows, and the folder of all of this."""
+def graded(bwrap, handed_out, tmp_path_factory):
+    """The process, the rows and the folder of one run over honest submissions with mistakes."""
     folder = tmp_path_factory.mktemp("graded")
-    for name in ORDER:
-        shutil.copytree(handed_out, folder / name)
-    paths = {"PUBLIC": ROOT / "exprl.py", "STAINED": folder / "stained"}
-    paths["SIBLING"] = folder / "solved" / "exprl.py"
-    for name in MODULES:
-        shutil.copy(ROOT / name, folder / "solved" / name)
-        shutil.copy(ROOT / name, folder / "half" / name)
-        bodies = {function: body for function, (body, _) in ATTACKS.items()}
-        (folder / "attacks" / name).write_text(with_bodies(name, bodies, **paths))
-        (folder / "harder" / name).write_text(with_bodies(name, HARDER, **paths))
-    with (folder / "solved" / "exprl.py").open("a") as file:
+    solved = solve(handed_out, folder / "solved")
+    with (solved / "exprl.py").open("a") as file:
         file.write("\nprint('1 failed', flush=True)\nsys.stderr.write('error' * 99999)\n")
+    shutil.copytree(handed_out, folder / "blank")
+    shutil.copytree(solved, folder / "below" / "my work")
+    shutil.copytree(solved, folder / "half")
     (folder / "half" / "judge_prompts.py").unlink()
-    crash = "import torch.testing, sys\nsys.modules['properties'] = sys\nraise SystemExit('bye')\n"
-    (folder / "crash" / "exprl.py").write_text(crash)
-    order = [folder / name for name in ORDER]
-    # the teacher stands in a submission that has a file with the name of a package
-    stains = f"open({str(folder / 'stained')!r}, 'w').write('imported')\n"
-    (folder / "harder" / "regex.py").write_text(stains)
-    command = [assignment.__file__, "grade", *order, "--out", folder / "grades.csv"]
-    done = run(*command, "--seconds", "10", "--memory", "1000", folder=folder / "harder")
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads((folder / "grades.json").read_text())
-    by_folder = {path.name: [r for r in rows if r["submission"] == str(path)] for path in order}
-    return done.stdout, by_folder, folder
-
-
-@pytest.mark.stress
-def test_a_submission_can_lose_no_points_but_its_own(graded):
-    output, rows, _ = graded
-    assert [r["points"] for r in rows["solved"]] == [f.points for f in assignment.FUNCTIONS]
-    assert output.rstrip().splitlines()[-2].split() == ["total", "80/80"]
-    for name in ("attacks", "harder", "crash", "blank"):
-        assert [r["function"] for r in rows[name]] == NAMES
-    assert "stained" not in {path.name for path in graded[2].iterdir()}
-
-
-@pytest.mark.stress
-@pytest.mark.parametrize("function", NAMES)
-def test_an_attack_gets_no_points(graded, function):
-    """Nor does it matter what it does instead: the reason is in one line, in words."""
-    _, rows, _ = graded
-    [row] = [r for r in rows["attacks"] if r["function"] == function]
-    assert row["points"] == 0
-    assert re.search(ATTACKS[function][1], row["failed"]), row["failed"]
-    assert "\n" not in row["failed"] and len(row["failed"]) < 900
-
-
-@pytest.mark.stress
-@pytest.mark.parametrize("function", NAMES)
-def test_an_attack_past_an_audit_hook_gets_no_points(graded, function):
-    _, rows, folder = graded
-    [row] = [r for r in rows["harder"] if r["function"] == function]
-    kernel_only = ("completion_mask", "step_advantages", "reverse_kl")
-    if function in kernel_only and not has_landlock():
-        pytest.skip("this kernel has no Landlock")
-    assert row["points"] == 0 and 0 < len(row["failed"]) <= 900
-    if function in ("completion_mask", "group_advantages"):
-        assert not (folder / "stained").exists()
-
-
-def has_landlock() -> bool:
-    """Whether the kernel has Landlock, by its own word (and not by our function's)."""
-    ask = ctypes.CDLL(None).syscall
-    return sys.platform.startswith("linux") and (
-        ask(444, None, ctypes.c_size_t(0), ctypes.c_uint(1)) >= 1
+    shutil.copytree(solved, folder / "hangs")
+    hanging = (
+        (solved / "exprl.py").read_text().replace("    known = [", "    while True: pass\n#", 1)
     )
-
-
-def test_the_only_network_is_loopback_and_that_works():
-    """In a process of its own, since there is no way back."""
-    if run(
-        "-c", "import subprocess; subprocess.run(['unshare', '-rn', 'true'], check=True)"
-    ).returncode:
-        pytest.skip("this system gives no network namespace")
-    code = f"""if True:
-        import socket, sys
-        sys.path.insert(0, {str(ROOT / "tests" / "course")!r})
-        import sandbox
-        sandbox.leave_the_network()
-        server = socket.create_server(("127.0.0.1", 0))
-        socket.create_connection(server.getsockname(), 5).close()
-        print(socket.if_nameindex())"""
-    done = run("-c", code)
-    assert done.stdout.strip() == "[(1, 'lo')]", done.stderr
+    (folder / "hangs" / "exprl.py").write_text(hanging)
+    for name, (file, code, _, _) in MISTAKES.items():
+        shutil.copytree(solved, folder / name)
+        with (folder / name / file).open("a") as opened:
+            opened.write(f"\n{code}\n")
+    (folder / "stray.zip").write_text("not a folder")
+    folders = [path for path in sorted(folder.iterdir()) if path.name != "no-sandbox"]
+    done, rows = run_grader(folders, folder / "out", "--seconds", "5")
+    run_grader([folder / "no-sandbox"], folder / "out", "--no-sandbox")  # it adds to the tables
+    _, rows = run_grader([folder / "blank"], folder / "out")  # which is skipped
+    return done, rows, folder
 
 
 @pytest.mark.stress
-def test_a_file_that_cannot_be_imported_costs_its_own_functions_only(graded):
+def test_the_stub_gets_nothing_and_the_solution_everything(graded):
+    done, rows, _ = graded
+    assert points(rows["solved"]) == points(rows["below"]) == points(rows["no-sandbox"]) == FULL
+    assert set(points(rows["blank"]).values()) == {0}
+    assert all(row["failed"] == "It is not written yet." for row in rows["blank"].values())
+    assert "solved: 80 of 80 points" in done.stdout and "stray.zip is not a folder" in done.stdout
+
+
+@pytest.mark.stress
+def test_a_function_that_hangs_costs_its_own_points_only(graded):
     _, rows, _ = graded
-    for row in rows["crash"]:  # all but judge_prompts.py need the broken exprl.py
-        is_alone = FILES[row["function"]] == "judge_prompts.py"
-        words = "not written yet" if is_alone else "cannot be imported: SystemExit: bye"
-        assert row["points"] == 0 and words in row["failed"]
-    for row in rows["blank"]:
-        assert row["points"] == 0 and "not written yet" in row["failed"]
-    for row in rows["half"]:  # its exprl.py needs the missing file
-        words = "judge_prompts"
-        assert row["points"] == 0 and words in row["failed"]
+    assert rows["hangs"]["group_advantages"]["failed"] == "It took more than 5 seconds."
+    assert points(rows["hangs"]) == FULL | {"group_advantages": 0}
 
 
 @pytest.mark.stress
-def test_an_import_that_never_ends_is_a_failure(handed_out, tmp_path):
-    endless = shutil.copytree(handed_out, tmp_path / "endless")
-    (endless / "exprl.py").write_text("while True:\n    pass\n")
-    out = tmp_path / "grades.csv"
-    command = [assignment.__file__, "grade", endless, "--seconds", "5", "--out", out]
-    assert run(*command).returncode == 0
-    for row in json.loads(out.with_suffix(".json").read_text()):
-        is_alone = FILES[row["function"]] == "judge_prompts.py"
-        assert ("not written yet" if is_alone else "5 seconds") in row["failed"]
+def test_a_file_that_is_missing_costs_its_own_functions_and_those_that_import_it(graded):
+    _, rows, _ = graded
+    assert "cannot be read: there must be one" in rows["half"]["fence"]["failed"]
+    assert "No module named 'judge_prompts'" in rows["half"]["pass_at_k"]["failed"]
 
 
 @pytest.mark.stress
-def test_csv_and_json_say_the_same(graded):
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_student_reads_what_to_change(graded, name):
+    _, rows, _ = graded
+    _, _, function, words = MISTAKES[name]
+    assert re.search(words, rows[name][function]["failed"])
+
+
+@pytest.mark.stress
+def test_the_tables_and_the_feedback_agree(graded):
     _, rows, folder = graded
-    with (folder / "grades.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
-    records = [row for name in ORDER for row in rows[name]]
-    assert [{k: str(v) for k, v in row.items()} for row in records] == table
-    assert set(table[0]) == {"submission", "problem", "function", "points", "out_of", "failed"}
+    text = (folder / "out" / "totals.csv").read_bytes()
+    assert text.startswith(b"\xef\xbb\xbf")  # for spreadsheets
+    totals = {r["student"]: r for r in csv.DictReader(text.decode("utf-8-sig").splitlines())}
+    assert set(totals) == set(rows)
+    for student, of_student in rows.items():
+        expected = points(of_student)
+        assert {name: int(totals[student][name]) for name in expected} == expected
+        assert int(totals[student]["total"]) == sum(expected.values())
+        feedback = (folder / "out" / "feedback" / f"{student}.txt").read_text()
+        assert feedback.startswith(f"{student}: {sum(expected.values())} of 80 points\n")
+        assert all(row["failed"] in feedback for row in of_student.values())
+    assert len({row["seed"] for of in rows.values() for row in of.values()}) == 2  # random seeds
 
 
-def test_graded_folders_are_kept_when_the_rest_fails(tmp_path, monkeypatch):
-    def grade_submission(folder, functions, args):
-        if folder.name == "b":
-            raise KeyboardInterrupt
-        row = {"submission": str(folder), "problem": "", "function": "x", "points": 1}
-        return [row | {"out_of": 1, "failed": "=SUM(A1)"}]
-
-    monkeypatch.setattr(assignment, "grade_submission", grade_submission)
-    monkeypatch.setattr(sandbox, "warm_up", lambda: None)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    folders, out = [str(tmp_path / name) for name in ("a", "b")], tmp_path / "grades.csv"
-    with pytest.raises(SystemExit, match="interrupted"):
-        assignment.main(["grade", *folders, "--out", str(out)])
-    assert len(json.loads(out.with_suffix(".json").read_text())) == 1
-    assert "'=SUM" in out.read_text()  # no formula for a spreadsheet
+@pytest.mark.stress
+def test_a_class_of_wrong_functions_gets_points_for_the_others(bwrap, tmp_path):
+    wrong = mutants.write_class(tmp_path / "class", n_students=6)
+    _, rows = run_grader([tmp_path / "class" / name for name in wrong], tmp_path / "out")
+    for student, functions in wrong.items():
+        lost = {*functions, *({"token_logprobs"} if "completion_logits" in functions else ())}
+        assert points(rows[student]) == FULL | dict.fromkeys(lost, 0)
 
 
-def test_the_sandbox_knows_loopback():
-    ours = ("127.0.0.1", "127.9.9.9", "::1", "localhost", "", None)
-    assert all(map(sandbox.is_loopback, ours))
-    assert not any(map(sandbox.is_loopback, ("10.0.0.1", "8.8.8.8", "example.com", "fe80::1%eth0")))
+# ---- Attacks -------------------------------------------------------------------------------------
+class Listener:
+    """Listens on a TCP port, a UNIX socket and an abstract one, and counts who connects."""
+
+    def __init__(self, path):
+        addresses = [("127.0.0.1", 0), str(path), "\0exprl-attack"]
+        families = [socket.AF_INET, socket.AF_UNIX, socket.AF_UNIX]
+        self.servers = [socket.socket(family) for family in families]
+        self.connections = 0
+        for server, address in zip(self.servers, addresses, strict=True):
+            server.bind(address)
+            server.listen()
+            threading.Thread(target=self.count, args=[server], daemon=True).start()
+
+    def count(self, server):
+        while True:
+            server.accept()
+            self.connections += 1
+
+
+def processes_with(word):
+    """Return the command lines of all processes that contain a word."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes())
+        except OSError:
+            continue
+    return [line for line in lines if word in line]
+
+
+@pytest.fixture(scope="module")
+def attacked(bwrap, handed_out, tmp_path_factory):
+    """One run over all attacks, with an honest submission before, between and after them."""
+    world = tmp_path_factory.mktemp("attacked")
+    folder = world / "class"
+    honest = [solve(handed_out, folder / name) for name in ("a first", "m middle", "z last")]
+    classmate, stain = honest[2] / "judge_prompts.py", world / "stained"
+    listener, out = Listener(world / "s"), world / "out"
+    packages = Path(sys.prefix) / "lib"
+    words = {
+        "SOLVED": str(ROOT / "judge_prompts.py"), "CLASSMATE": str(classmate),
+        "STAIN": str(stain), "PACKAGES": str(packages), "SOCKET": str(world / "s"),
+        "PORT": listener.servers[0].getsockname()[1], "GRADER": os.getpid(),
+    }  # fmt: skip
+    names = []
+    for name, code in attacks.CODE.items():
+        copy = shutil.copytree(
+            handed_out, folder / f"attack {len(names):02} {name.replace('/', ' ')}"
+        )
+        for word, value in words.items():
+            code = re.sub(rf"\b{word}\b", lambda _, value=value: repr(value), code)
+        with (copy / "judge_prompts.py").open("a") as file:
+            file.write(f"\n{code}")
+        names.append(copy)
+    for name, attack in attacks.FOLDERS.items():
+        copy = shutil.copytree(handed_out, folder / name)
+        attack(copy, classmate)
+        names.append(copy)
+    before = {path: path.read_bytes() for path in (classmate, ROOT / "judge_prompts.py")}
+    folders = [honest[0], *names[:20], honest[1], *names[20:], honest[2]]
+    began = time.monotonic()
+    done, rows = run_grader(
+        folders, out, "--only", "parse_score", "fence", "--seconds", "4", "--jobs", "2",
+        OPENAI_API_KEY="sk-secret-of-the-teacher",
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    return SimpleNamespace(**locals())
+
+
+@pytest.mark.stress
+def test_no_attack_gets_points_and_honest_submissions_keep_theirs(attacked):
+    rows = attacked.rows
+    assert len(attacks.CODE) + len(attacks.FOLDERS) >= 30
+    assert len(rows) == len(attacked.folders)
+    for path in attacked.folders:
+        row = rows[grading.cell(path.name)]
+        due = 11 if path in attacked.honest else 0
+        assert sum(points(row).values()) == due, (path.name, row)
+
+
+@pytest.mark.stress
+def test_no_attack_leaves_a_trace(attacked):
+    assert attacked.listener.connections == 0
+    assert not attacked.stain.exists()
+    assert not list(attacked.packages.glob("**/stained*"))
+    assert not processes_with(b"# a daemon") and not processes_with(b"runner.py")
+    for path, content in attacked.before.items():
+        assert path.read_bytes() == content
+
+
+@pytest.mark.stress
+def test_no_attack_reaches_what_the_teacher_opens(attacked):
+    files = [path for path in attacked.out.rglob("*") if path.is_file()]
+    assert len(files) > len(attacked.folders)
+    for path in files:
+        text = path.read_text(encoding="utf-8-sig")
+        assert "sk-secret" not in text and "root:x:0" not in text
+        assert not set(text.replace("\n", "")) - set(filter(str.isprintable, text))
+    for of_student in attacked.rows.values():
+        for row in of_student.values():
+            assert len(row["failed"]) < 2000
+            assert not any(value.lstrip().startswith(tuple("=+-@")) for value in row.values())
+
+
+@pytest.mark.stress
+def test_the_time_of_an_attack_is_bounded(attacked):
+    """No attack takes more than two functions of 4 seconds, and three starts of the sandbox."""
+    assert attacked.seconds < 20 * len(attacked.folders)
 
 
 @pytest.mark.parametrize(
-    "reply",
+    "data",
     [
-        {},
-        {"out": {"type": []}, "args": []} | {"gradients": {"tensor": 3}},
-        {"out": {"tensor": [1], "dtype": "no", "shape": [1]}, "args": []},
-        {"out": {"tensor": [1], "dtype": "Tensor", "shape": [1]}, "args": []},
-        {"out": {"tensor": [1, 2], "dtype": "float32", "shape": [10**9]}, "args": []},
-        {"out": {"dict": [[[], 1]]}, "args": []},
+        {"other": 3},
+        {"tensor": [1], "type": "no", "grad": False},
+        {"tensor": [1], "type": "load", "grad": False},
+        {"tensor": "text", "type": "torch.LongTensor", "grad": False},
+        {"tensor": {"dict": {}}, "type": "torch.LongTensor", "grad": False},
+        {"tensor": [[1], [2, 3]], "type": "torch.LongTensor", "grad": False},
+        {"tensor": [10**400], "type": "torch.LongTensor", "grad": False},
+        {"tensor": [[[[[[[1]]]]]]], "type": "torch.LongTensor", "grad": False},
+        {"dict": [[[], 1]]},
+        {"model": ["GPT-2", 0], "training": False},
+        [[[[[[[1]]]]]]],
     ],
 )
-def test_a_reply_that_no_honest_process_sends_is_a_failure(reply):
-    f = object.__new__(sandbox.There)
-    f.here = SimpleNamespace(send_bytes=lambda request: None)
-    f.receive = lambda: reply
-    with pytest.raises(sandbox.Failed):
-        f.ask(b"")
+def test_data_that_no_honest_process_sends_is_refused(data):
+    with pytest.raises(
+        (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
+    ):
+        runner.decode(data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded_answers_are_worth_nothing(name):
+    """Each function has random arguments: the answers for one seed do not pass for another."""
+    answers, ours = {}, version(name)
+
+    def key(request):
+        return json.dumps([request["args"], request["gradients"]])
+
+    def record(request):
+        return answers.setdefault(key(request), ours.ask(request))
+
+    first = Graded(record, "mutant", name, seed=1)
+    assert first_failure(first, PROPERTIES[name]) == ""
+
+    def replay(request):
+        unknown = {"out": next(iter(answers.values())).get("out"), "args": request["args"]}
+        return answers.get(key(request), unknown)
+
+    assert first_failure(Graded(replay, "mutant", name, seed=1), PROPERTIES[name]) == ""
+    assert first_failure(Graded(replay, "mutant", name, seed=2), PROPERTIES[name])
+
+
+def test_without_bwrap_the_grader_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match=r"package bubblewrap.*--no-sandbox.*docker") as stopped:
+        assignment.main(["grade", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "\n" not in str(stopped.value)
+
+
+def test_no_sandbox_where_submissions_could_read_the_solution(monkeypatch):
+    monkeypatch.setattr(sandbox, "VISIBLE", {ROOT})
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: name)
+    assert "every submission can read" in sandbox.why_no_sandbox([])
+
+
+def test_a_second_run_continues_and_no_row_is_lost(tmp_path, monkeypatch, capsys):
+    """A failure of the grader is not a row: the next run tries again."""
+    graded = []
+
+    def grade_submission(student, folder, functions, args):
+        graded.append((student, len(functions)))
+        if student == "b" and len(graded) < 3:
+            raise RuntimeError("the sandbox does not start")
+        return [[student, args.seed, f.name, 0, f.points, "wrong"] for f in functions]
+
+    monkeypatch.setattr(grading, "grade_submission", grade_submission)
+    monkeypatch.setattr(grading, "why_no_sandbox", lambda folders: "")
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    a, b, c, out = (str(tmp_path / name) for name in ("a", "b", "c", "out"))
+    assignment.main(["grade", a, b, "--out", out, "--jobs", "1", "--only", "fence"])
+    assert "b is not graded: RuntimeError" in capsys.readouterr().out
+    assignment.main(["grade", b, c, a, "--out", out, "--jobs", "1", "--only", "fence"])
+    assert "skipped: a is in" in capsys.readouterr().out
+    assignment.main(["grade", a, "--out", out, "--only", "fence", "pass_at_k"])
+    assert graded == [("a", 1), ("b", 1), ("b", 1), ("c", 1), ("a", 1)]
+    totals = (tmp_path / "out" / "totals.csv").read_text(encoding="utf-8-sig").splitlines()
+    assert totals == [
+        '"student","total","fence","pass_at_k"', '"a","0","0","0"', '"b","0","0",""',
+        '"c","0","0",""',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "due"),
+    [
+        ("Ada", "Ada"),
+        ("=1+1", "'=1+1"),
+        (" ＝1", "' ＝1"),
+        ("-x", "'-x"),
+        ("a\nb\x1b[2J\u202e", r"a\xab\x1b[2J\x202e"),
+    ],
+)
+def test_cells_are_harmless(text, due):
+    assert grading.cell(text) == due
+
+
+def test_grader_and_sandbox_are_small():
+    """The docstrings of these files and the inputs in properties.py and models.py do not count."""
+    files = ["assignment.py", "grading.py", "sandbox.py", "runner.py"]
+    assert sum(measure(f"tests/course/{name}")[0] for name in files) <= 3000
 
 
 # ---- The grader is graded ------------------------------------------------------------------------
-def version(name: str, *change: str) -> sandbox.Graded:
+def version(name: str, *change: str) -> Graded:
     """A function as it is, or with one edit (old, new), or from a source of its own."""
     function = getattr(MODULES[FILES[name]], name)
     source = inspect.getsource(function)
@@ -445,7 +533,14 @@ def version(name: str, *change: str) -> sandbox.Graded:
         [source] = change
     names = dict(function.__globals__)
     exec(compile(source, f"<{name}>", "exec"), names)
-    return sandbox.Here(names[name])
+    module = SimpleNamespace(**{name: names[name]})
+
+    def ask(request: dict) -> dict:
+        sys.modules["mutant"] = module
+        reply = json.loads(json.dumps(runner.perform(request)))
+        return reply if "error" in reply else reply | {"out": runner.decode(reply["out"])}
+
+    return Graded(ask, "mutant", name, seed=0)
 
 
 def test_each_graded_function_has_its_mutants_and_its_correct_variants():
@@ -470,7 +565,9 @@ def test_our_own_function_has_every_property(name):
     ],
 )
 def test_a_wrong_version_lacks_a_property(name, change):
-    assert first_failure(version(name, *change), PROPERTIES[name])
+    """And the student reads what is due, what came, and for which input."""
+    words = first_failure(version(name, *change), PROPERTIES[name])
+    assert re.search(r"\. Expected .+, but got .+, for .+\.$", words), words
 
 
 @pytest.mark.parametrize(
@@ -487,5 +584,5 @@ def test_a_function_that_returns_nothing_fails_each_property(name):
     head = source[: source.index(":\n") + 2]
     for check in PROPERTIES[name]:
         assert check.__doc__.strip().endswith(".")
-        with pytest.raises((sandbox.Failed, AttributeError, TypeError)):
+        with pytest.raises((Failed, AttributeError, TypeError)):
             check(version(name, f"{head}    return None\n"))
