@@ -2,7 +2,7 @@
 # ExpRL end to end, and its control. If it is killed or stopped, the same command continues it.
 #   bash train_small.sh                 the toy world: CPU, no key, no download but the packages
 #   bash train_small.sh compare         the toy world again: all methods and baselines, both stages,
-#                                       ablations of the judge, 3 seeds (about an hour on 2 cores)
+#                                       ablations of the judge, 3 seeds (1 to 2 hours on 2 cores)
 #   bash train_small.sh Qwen2.5-0.5B    both stages and the control on GSM8K, for one GPU; the judge is
 #                                       OpenAI's (set OPENAI_API_KEY) or yours (JUDGE_URL, JUDGE_MODEL)
 # STAGE1 and STAGE2 in the environment set the numbers of iterations, RUNS sets the folder of the
@@ -43,7 +43,7 @@ if command -v flock >/dev/null; then
 fi
 
 if [ $# -eq 0 ]; then
-  heading "toy world: problems and base model ($runs); about 5 minutes in all on 2 cores"
+  heading "toy world: problems and base model ($runs); about 6 minutes in all on 2 cores"
   rm -f "$runs/judge.url"
   "$python" tests/toy/toy_world.py judge --url-file "$runs/judge.url" &
   in_background=$!

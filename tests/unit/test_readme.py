@@ -231,6 +231,14 @@ def test_the_number_of_judge_calls_follows_from_the_defaults():
     assert exprl.JudgeSettings().judge_model in PAGES[README]
 
 
+def test_the_results_of_the_readme_stand_on_the_page_of_the_comparison():
+    results = PAGES[README].split("## Results\n")[1].split("\n## ")[0]
+    numbers = re.findall(r"(\d+\.\d)%\s+(\[\d+\.\d, \d+\.\d\])", results)
+    assert len(numbers) == 3
+    for mean, interval in numbers:
+        assert f"| {mean} {interval} |" in PAGES[TESTS / "docs" / "comparison.md"]
+
+
 def test_the_readme_names_the_required_version_of_torch():
     [package] = re.findall(r"pip install (torch==\S+)", PAGES[README])
     assert package in (ROOT / "requirements.txt").read_text().split()
