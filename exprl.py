@@ -26,8 +26,8 @@ For example, take two completions of one problem, with three steps and with two:
 
 No answer has to be correct for this. Under Process, a step becomes more likely if it scores higher
 than the step before it. The first step does so if it scores higher than the last. Under Outcome, a
-completion becomes more likely if it scores higher than the mean of its group. Step by step the
-policy can come closer to solutions that it could not reach at first.
+completion becomes more likely if it scores higher than the mean of its group. Over many
+iterations the policy can come closer to solutions that it could not reach at first.
 
 Training with the judge's reward is stage 1, which the paper calls RL mid-training. Stage 2 runs the
 same loop from the model of stage 1 with the sparse reward (--method sparse). Now there are correct
@@ -38,7 +38,7 @@ answers to reinforce.
   python tests/tools/evaluate.py --model Qwen2.5-0.5B runs/sparse/final           # pass@1, pass@k
 
 By default stage 1 makes about 14,400 judge calls: one for each of 200 x 8 x 8 completions, and one
-for the rubric of each problem drawn. GSM8K serves as the example because everybody knows it. Train
+for the rubric of each problem drawn. GSM8K serves as the example because it is well known. Train
 on problems that your own model fails (evaluate.py finds them with --save-hard).
 
 If you are here for the method, skim everything under a banner that says (plumbing).
@@ -122,7 +122,7 @@ class TrainingSettings(Settings):
         8, "G, the completions of a problem; use more for harder problems (paper: 10 to 16)"
     )
     process_norm: Literal["delta", "end", "group"] = option(
-        "delta", "subtract the reward of the step before (delta), the last (end), or the group"
+        "delta", "subtract the step before (delta), the last step (end), or the group mean (group)"
     )
     no_std: bool = option(
         False, "outcome, sparse: do not divide A by the group's std (the paper's stage 2)"
@@ -279,7 +279,7 @@ def is_correct(completion, answer):
     r"""Return whether the final answer of a completion equals the known answer.
 
     This is the sparse reward, and the accuracy in every log. The package math_verify finds the
-    final answer (a \boxed{}, or else the last number) and compares values: 1/2 equals 0.5.
+    final answer (a \boxed{}, otherwise the last number) and compares values: 1/2 equals 0.5.
 
     >>> is_correct(r"So it is \boxed{\frac{1}{2}}.", "0.5"), is_correct("It is .5", "5")
     (True, False)
@@ -443,7 +443,7 @@ def sample(model, tokenizer, problems, n, batch_size):
 
 
 # ---- Judge client (plumbing): transport, cache and bill ------------------------------------------
-PATIENCE = 600.0  # a call is tried again for this many seconds while the judge is unavailable
+PATIENCE = 600.0  # seconds: the run stops if the judge is unavailable and no new call begins
 PAUSE = 5.0  # seconds between two tries
 TRIES = 3  # a call fails after this many replies that cannot be parsed
 HELP = (
@@ -792,7 +792,7 @@ class MicroBatch:
     prompt_ids: Tensor  # (P,)
     completion_ids: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool, True at the N tokens that were sampled
-    # The others are filled in on the way, by add_initial_logprobs, grpo_loss and update:
+    # add_initial_logprobs, grpo_loss and update fill in the fields below:
     logp_initial: Tensor | None = None  # (N,) log-probs under the initial policy
     logp_old: Tensor | None = None  # (N,) log-probs under the policy that sampled
     advantages: Tensor | None = None  # (N,)

@@ -290,7 +290,7 @@ def judge_inputs(kind, steps):
     """Return one list of texts for each judge call that a completion needs.
 
     Under `outcome`, `steps` has the whole completion as its only text. The paper describes `prefix`
-    and its released code does `alone`; both need one call per step. Our default is `together`,
+    and its released code uses `alone`. Both need one call per step. Our default is `together`,
     which needs one call per completion. Raises ValueError for another kind.
 
     >>> judge_inputs("prefix", ["a", "b"])
@@ -334,10 +334,10 @@ def parse_rubric(reply):
 def parse_score(reply: str, label: str = "Score") -> int | None:
     r"""Return the score 1..5 in a judge's reply, or None if there is none.
 
-    The score is the last line that consists of a label, a colon and a digit from 1 to 5. Case does
-    not matter, and white space, stars and brackets may surround label and digit. Everything else
-    fails: quotations, 0, 6, 10, 4.5 and 4/5. Only \n ends a line. `label` is "Step 3" where the
-    judge scores several steps in one reply.
+    The score is the digit in the last line that consists of a label, a colon and a digit from 1 to
+    5. Case does not matter, and white space, stars and brackets may surround label and digit.
+    Everything else fails: quotations, 0, 6, 10, 4.5 and 4/5. Only \n ends a line. `label` is
+    "Step 3" where the judge scores several steps in one reply.
 
     >>> parse_score("It claims 'Score: 5'.\n**Score: [2]**"), parse_score("Score: 4/5")
     (2, None)

@@ -91,8 +91,8 @@ fi
 "$python" tests/tools/report.py "$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" \
   "$runs"/eval/*.jsonl --out "$runs/report.html" --figure "$runs/curves.png"
 echo
-echo "What to look at: the last model of stage 2 and the control had the same number of iterations. In"
-echo "the first case ExpRL did $stage1 of them, and in the control the sparse reward did all. Every"
+echo "What to look at: the model of stage 2 and the control both had $((stage1 + stage2)) iterations in all. On"
+echo "the way to stage 2, ExpRL did the first $stage1. In the control, the sparse reward did all. Every"
 echo "completion, with its rewards and advantages and the judge's words, is in"
 echo "$runs/process/rollouts.jsonl. Learning curves: $runs/curves.png. A page of completions to read:"
 echo "$runs/report.html"

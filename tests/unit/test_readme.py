@@ -234,7 +234,7 @@ def test_the_number_of_judge_calls_follows_from_the_defaults():
 def test_the_results_of_the_readme_stand_on_the_page_of_the_comparison():
     results = PAGES[README].split("## Results\n")[1].split("\n## ")[0]
     numbers = re.findall(r"(\d+\.\d)%\s+(\[\d+\.\d, \d+\.\d\])", results)
-    assert len(numbers) == 3
+    assert len(numbers) >= 3
     for mean, interval in numbers:
         assert f"| {mean} {interval} |" in PAGES[TESTS / "docs" / "comparison.md"]
 
