@@ -71,9 +71,9 @@ GOOD = '{"question": "Q?", "reference": "r", "answer": "1"}'
         ("", 1, ""),
     ],
 )
-def test_a_malformed_record_is_named_by_its_line(tmp_path, text, line, word):
+def test_a_malformed_record_is_named_by_its_number(tmp_path, text, line, word):
     (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(SystemExit, match=rf"a\.jsonl, line {line}\b.*{word}") as stopped:
+    with pytest.raises(SystemExit, match=rf"a\.jsonl, record {line}\b.*{word}") as stopped:
         exprl.load_problems(str(tmp_path / "a.jsonl"), "train", "reference")
     assert "\n" not in str(stopped.value)
 
@@ -320,11 +320,11 @@ def test_a_sampler_that_changes_the_distribution_is_refused(policy):
     generate = model.generate
     only_two = LogitsProcessorList([TopKLogitsWarper(2)])
     model.generate = lambda *args, **how: generate(*args, logits_processor=only_two, **how)
-    with pytest.raises(SystemExit, match="generate"):
+    with pytest.raises(SystemExit, match="choose another --model"):
         check_sampler(model, tokenizer)
     model.generate = generate
     model.generation_config.repetition_penalty = 1.5
-    with pytest.raises(SystemExit, match="generate"):
+    with pytest.raises(SystemExit, match="choose another --model"):
         check_sampler(model, tokenizer)
 
 

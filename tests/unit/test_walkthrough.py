@@ -38,7 +38,7 @@ def test_the_first_command_of_the_readme(walk):
     assert status == 0, output[-2000:]
     table = output.split("pass@1")[-1]
     for model in MODELS:
-        assert re.search(rf"toy/{model} +\d+\.\d \[\d+\.\d, \d+\.\d\]", table), model
+        assert re.search(rf"toy/{model} +8 x 8 +\d+\.\d \[\d+\.\d, \d+\.\d\]", table), model
     named = re.findall(rf"{re.escape(str(runs))}\S*\w", output.split("What to look at")[1])
     assert {Path(name).suffix for name in named} == {".jsonl", ".png", ".html"}
     for name in named:
