@@ -16,10 +16,11 @@ A step of an attempt *reaches* a value if it contains a calculation that
   - uses only known numbers: those of the question, those that the reference takes from elsewhere
     (24 hours a day), 1, 2 and 100, and the results of earlier steps that reached a value
   - has a result that is the next value of the reference, or one after it
-and if the step contains no other kind of calculation. A step that states a wrong answer in \boxed{}
-reaches nothing. The last step has to reach the end: it must leave no value of the reference open.
+and if the step contains no other kind of calculation. The answer in \boxed{} counts like a value
+once all values are reached. Any other box is wrong.
 
-Process: a step that reaches a value scores 5, and every other step scores 1.
+Process: a step that reaches a value scores 5, and every other step scores 1. The last step scores 5
+only if no value is left to reach.
 Outcome: the lines are read up to the first wrong calculation. The score is 1 if no value is
 reached, 5 if all are reached and nothing is wrong, and in between it grows with the share.
 
@@ -188,7 +189,7 @@ def follow(call: program_judge.Call, steps: list[str]) -> tuple[list[bool | None
         known = (
             known + values
         )  # the steps before are not shown, so their results are taken as given
-    n_reached, marks, shares = 0, [], []
+    n_reached, has_ended, marks, shares = 0, False, [], []
     for step in steps:
         mark = None
         for calculation in read_calculations(step):
@@ -202,8 +203,10 @@ def follow(call: program_judge.Call, steps: list[str]) -> tuple[list[bool | None
             mark, n_reached = True, later[0] + 1
             known = [*known, *calculation.results, calculation.stated]
         box = boxed_number(step)
-        if box and not (values and is_near(box[0], values[-1])):
-            mark = False
+        if box:
+            is_answer = n_reached == len(values) and bool(values) and is_near(box[0], values[-1])
+            mark = is_answer and mark is not False and not has_ended
+            has_ended = True
         marks.append(mark)
         shares.append(n_reached / len(values) if values else 0.0)
     return marks, shares

@@ -3,7 +3,7 @@ r"""Problems in words, for a pretrained language model that learns on a CPU.
 A problem has a start value, and each of its operations is a sentence:
 
     question    Ben has 18 eggs. He loses 7. Then he buys 28 more. The number of eggs doubles. ...
-    completion  ### 18 - 7 = 11\n### 11 + 28 = 39\n### 39 * 2 = 78\n ... \boxed{...}
+    completion  ### 18 - 7 = 11\n### 11 + 28 = 39\n### 39 * 2 = 78\n ... ### \boxed{...}
     reference   ### 18 - 7 + 28 = 39\n ...            two operations a line, as people skip steps
 
 All values lie between 1 and 200. This program writes four files into FOLDER:
@@ -101,7 +101,7 @@ def write_solution(start: int, operations: list[str], per_line: int) -> str:
     >>> print(write_solution(18, ["- 7", "* 2", "+ 1"], per_line=2))
     ### (18 - 7) * 2 = 22
     ### 22 + 1 = 23
-    \boxed{23}
+    ### \boxed{23}
     """
     lines, value = [], start
     for first in range(0, len(operations), per_line):
@@ -112,7 +112,7 @@ def write_solution(start: int, operations: list[str], per_line: int) -> str:
             expression += f" {operation}"
             value = apply(operation, value)
         lines.append(f"### {expression} = {value}")
-    return "\n".join([*lines, rf"\boxed{{{value}}}"])
+    return "\n".join([*lines, rf"### \boxed{{{value}}}"])
 
 
 def make_problems(rng: random.Random, lengths: list[int], per_line: int, seen: set) -> list[dict]:

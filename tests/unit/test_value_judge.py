@@ -38,9 +38,19 @@ def test_a_terse_solution_and_other_notations_are_solutions_too():
     assert scores("together", "### 18 - 7 + 28 = 39\n", "### 39 * 2 = 78\n\\boxed{78}") == [5, 5]
     other = [r"### \(18 − 7 = 11\) eggs", "### 11+28 = $39", "### 39 x 2 = 78."]
     assert scores("together", *other) == [5, 5, 5]
-    words = ["### 18 - 7 = 11\n", "### Now the rest.\n", *SOLUTION[1:], "### It is \\boxed{78}."]
+    words = [SOLUTION[0], "### Now the rest.\n", SOLUTION[1], "### 39 * 2 = 78\n"]
+    words += ["### It is \\boxed{78}."]
     assert scores("outcome", *words) == [5]
     assert scores("together", *words) == [5, 1, 5, 5, 5]
+
+
+def test_the_answer_may_be_a_step_of_its_own():
+    boxed = [*SOLUTION[:2], "### 39 * 2 = 78\n", "### \\boxed{78}"]
+    assert scores("together", *boxed) == [5, 5, 5, 5]
+    assert scores("prefix", *boxed) == [5, 5, 5, 5]
+    assert scores("outcome", *boxed) == [5]
+    assert scores("together", *boxed, "\n### \\boxed{78}") == [5, 5, 5, 5, 1]
+    assert scores("together", *SOLUTION[:2], "### \\boxed{39}") == [5, 5, 1]
 
 
 def test_a_wrong_step_scores_1_and_the_steps_that_build_on_it_too():

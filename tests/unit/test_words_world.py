@@ -28,7 +28,7 @@ def test_references_are_true_and_reach_the_answer(world, name):
         lines = problem["reference"].split("\n")
         calculations = [value_judge.read_calculations(line) for line in lines[:-1]]
         assert all(len(found) == 1 and found[0].is_true for found in calculations)
-        assert lines[-1] == rf"\boxed{{{problem['answer']}}}"
+        assert lines[-1] == rf"### \boxed{{{problem['answer']}}}"
         assert str(calculations[-1][0].stated) == problem["answer"]
         results = [result for found in calculations for result in found[0].results]
         assert all(1 <= result <= words_world.LARGEST for result in results)
