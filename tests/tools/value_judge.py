@@ -141,17 +141,16 @@ def read_calculations(text: str) -> list[Calculation]:
     found = []
     for match in CALCULATION.finditer(tidy(text)):
         operands, results, values = [], [], []
-        for side in match[0].split("="):
-            n_before = len(results)
-            try:
+        try:
+            for side in match[0].split("="):
+                n_before = len(results)
                 values.append(read_side(side, results))
-            except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
-                values.append(Fraction(0))
-                results.append(Fraction(0))
-                values.append(Fraction(1))  # so the sides are not equal
-            if len(results) > n_before:
-                operands += read_numbers(side)
-        if results:
+                if len(results) > n_before:
+                    operands += read_numbers(side)
+        except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+            found.append(Calculation([], [], Fraction(0), is_true=False))
+            continue
+        if results:  # 39 = 39 is not a calculation
             is_true = all(is_near(value, values[-1]) for value in values)
             found.append(Calculation(operands, results, values[-1], is_true))
     return found
@@ -162,7 +161,7 @@ def read_reference(question: str, reference: str) -> tuple[list[Fraction], list[
     """Return (the values of a reference in order, the numbers that an attempt may start from)."""
     values, known = [], [*map(Fraction, (1, 2, 100)), *read_numbers(question)]
     for line in reference.split("\n"):
-        calculations = read_calculations(line)
+        calculations = [found for found in read_calculations(line) if found.results]
         for calculation in calculations:
             known += [n for n in calculation.operands if not is_among(n, values)]
             values += [*calculation.results[:-1], calculation.stated]
@@ -185,10 +184,8 @@ def follow(call: program_judge.Call, steps: list[str]) -> tuple[list[bool | None
     after the step, from 0 to 1.
     """
     values, known = read_reference(call.question, call.reference)
-    if call.kind == "alone":
-        known = (
-            known + values
-        )  # the steps before are not shown, so their results are taken as given
+    if call.kind == "alone":  # the steps before are not shown: their results are taken as given
+        known = known + values
     n_reached, has_ended, marks, shares = 0, False, [], []
     for step in steps:
         mark = None
