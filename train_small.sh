@@ -49,8 +49,7 @@ elif [ "$1" = words ]; then
   seed=${SEED:-0}
   sampling=(--temperature 1 --max-new-tokens 72 --sample-batch 64 --seed "$seed")
   settings=(--lr 2e-5 --kl 0.01 --micro-batch 8 --save-every 10)
-  # Two runs at the same time, with one thread each, are faster than one with two threads.
-  export OMP_NUM_THREADS=1
+  settings+=(--judge-model value-judge)
   unset OPENAI_API_KEY OPENAI_BASE_URL
 else
   runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1
@@ -76,6 +75,8 @@ elif [ "$1" = words ]; then
   [ -d "$base" ] || "$python" tests/tools/baselines.py --method sft --model "${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}" \
     --data "$runs/base.jsonl" --out "$runs/warm-up" --iterations "${WARM_UP:-16}" --prompts-per-iteration 16 --lr 1e-4 --resume
   start_judge tests/tools/value_judge.py --port 0
+  # Two runs at the same time, with half of the cores each, are faster than one after the other.
+  OMP_NUM_THREADS=$("$python" -c 'import os; print(max(1, os.cpu_count() // 2))') && export OMP_NUM_THREADS
 elif [ ! -f "$problems" ]; then
   heading "the problems that the base model fails (training is on these)"
   evaluate --model "$base" --data "${TRAIN:-gsm8k}" --split train --problems "${TRAIN_PROBLEMS:-1000}" \
