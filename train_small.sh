@@ -3,6 +3,9 @@
 #   bash train_small.sh                 the toy world: CPU, no key, no download but the packages
 #   bash train_small.sh compare         the toy world again: all methods and baselines, both stages,
 #                                       ablations of the judge, 3 seeds (1 to 2 hours on 2 cores)
+#   bash train_small.sh words           a real language model (135M parameters, downloaded once) on
+#                                       problems in words: CPU or GPU, no key (an experiment that has
+#                                       not been run to its end yet; some hours on 2 cores)
 #   bash train_small.sh Qwen2.5-0.5B    both stages and the control on GSM8K, for one GPU; the judge is
 #                                       OpenAI's (set OPENAI_API_KEY) or yours (JUDGE_URL, JUDGE_MODEL)
 # STAGE1 and STAGE2 in the environment set the numbers of iterations, RUNS sets the folder of the
@@ -10,12 +13,26 @@
 # toy world: LENGTH=8 makes problems of eight operations, and JUDGE_MODEL=toy-judge-lies-20 makes the
 # toy judge invert 20% of its scores.
 set -euo pipefail
+case ${1:-toy} in toy | words) has_program_judge=1 ;; *) has_program_judge= ;; esac
 cd "$(dirname "$0")"
 . tests/setup.sh
 
 heading() { printf '\n== %s\n' "$*"; }
 train() { "$python" exprl.py --data "$problems" --resume "$@" "${settings[@]}" "${sampling[@]}"; }
 evaluate() { "$python" tests/tools/evaluate.py "$@"; }
+start_judge() {  # a judge that is a program: it runs until this script ends
+  rm -f "$runs/judge.url"
+  "$python" "$@" --url-file "$runs/judge.url" &
+  in_background=$!
+  trap 'kill $in_background 2>/dev/null || true' EXIT
+  for _ in $(seq 300); do
+    [ -f "$runs/judge.url" ] && break
+    sleep 0.1
+  done
+  [ -f "$runs/judge.url" ] || { echo "the judge did not start within 30 seconds" >&2; exit 1; }
+  judge=(--judge-url "$(cat "$runs/judge.url")")
+  held_out=(--data "$runs/heldout.jsonl" --problems "${PROBLEMS:-0}" --samples 8 --out "$runs/eval")
+}
 
 if [ $# -eq 0 ] || [ "$1" = compare ]; then
   runs=${RUNS:-runs/toy} stage1=${STAGE1:-120} stage2=${STAGE2:-60} base=$runs/base problems=$runs/train.jsonl
@@ -28,6 +45,13 @@ if [ $# -eq 0 ] || [ "$1" = compare ]; then
   [ $# -eq 0 ] || exec "$python" tests/toy/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
     --stage1 "$stage1" --stage2 "$stage2" --base-steps "${BASE_STEPS:-1000}" \
     --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${settings[*]}" --sampling="${sampling[*]}"
+elif [ "$1" = words ]; then
+  runs=${RUNS:-runs/words} stage1=${STAGE1:-70} stage2=${STAGE2:-40} base=$runs/warm-up/final problems=$runs/train.jsonl
+  seed=${SEED:-0}
+  sampling=(--temperature 1 --max-new-tokens 72 --sample-batch 64 --seed "$seed")
+  settings=(--lr 2e-5 --kl 0.01 --micro-batch 8 --save-every 10)
+  settings+=(--judge-model value-judge)
+  unset OPENAI_API_KEY OPENAI_BASE_URL
 else
   runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1
   problems=$runs/hard.jsonl
@@ -44,19 +68,17 @@ fi
 
 if [ $# -eq 0 ]; then
   heading "toy world: problems and base model ($runs); about 6 minutes in all on 2 cores"
-  rm -f "$runs/judge.url"
-  "$python" tests/toy/toy_world.py judge --url-file "$runs/judge.url" &
-  in_background=$!
-  trap 'kill $in_background 2>/dev/null || true' EXIT
   [ -d "$base" ] || OMP_NUM_THREADS=2 "$python" tests/toy/toy_world.py build "$runs" \
     --steps "${BASE_STEPS:-1000}" --length "$length"
-  for _ in $(seq 300); do
-    [ -f "$runs/judge.url" ] && break
-    sleep 0.1
-  done
-  [ -f "$runs/judge.url" ] || { echo "the toy judge did not start within 30 seconds" >&2; exit 1; }
-  judge=(--judge-url "$(cat "$runs/judge.url")")
-  held_out=(--data "$runs/heldout.jsonl" --problems "${PROBLEMS:-0}" --samples 8 --out "$runs/eval")
+  start_judge tests/toy/toy_world.py judge
+elif [ "$1" = words ]; then
+  heading "problems in words, and a base model that knows the form of a solution ($runs); some hours in all on 2 cores"
+  [ -f "$runs/heldout.jsonl" ] || "$python" tests/toy/words_world.py "$runs" --length "${LENGTH:-4}" --seed "$seed"
+  [ -d "$base" ] || "$python" tests/tools/baselines.py --method sft --model "${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}" \
+    --data "$runs/base.jsonl" --out "$runs/warm-up" --iterations "${WARM_UP:-16}" --prompts-per-iteration 16 --lr 1e-4 --resume
+  start_judge tests/tools/value_judge.py --port 0
+  # Two runs at the same time, with half of the cores each, are faster than one after the other.
+  OMP_NUM_THREADS=$("$python" -c 'import os; print(max(1, os.cpu_count() // 2))') && export OMP_NUM_THREADS
 elif [ ! -f "$problems" ]; then
   heading "finding problems that the base model fails: training uses only these"
   evaluate --model "$base" --data "${TRAIN:-gsm8k}" --split train --problems "${TRAIN_PROBLEMS:-1000}" \
@@ -68,7 +90,7 @@ control() {
   evaluate_held_out "$base" "$runs/sparse-only/final"
 }
 
-if [ $# -eq 0 ]; then  # the second core has nothing else to do
+if [ "$has_program_judge" ]; then  # the second core has nothing else to do
   control >"$runs/sparse-only.log" 2>&1 &
   control_process=$!
   in_background="$in_background $control_process"
@@ -78,14 +100,14 @@ train --method process --model "$base" --out "$runs/process" --iterations "$stag
 heading "2/4 stage 2: sparse reward, $stage2 iterations, from the model of stage 1"
 train --method sparse --model "$runs/process/final" --out "$runs/process-then-sparse" --iterations "$stage2"
 heading "3/4 the control: sparse reward from the base model, $((stage1 + stage2)) iterations"
-if [ $# -eq 0 ]; then
+if [ "$has_program_judge" ]; then
   echo "(it runs at the same time as the stages above; its output is in $runs/sparse-only.log)"
 else
   control
 fi
 heading "4/4 all models, on held-out problems"
 evaluate_held_out "$runs/process/final" "$runs/process-then-sparse/final" >/dev/null  # the report prints all
-if [ $# -eq 0 ]; then
+if [ "$has_program_judge" ]; then
   wait "$control_process" || { tail -n 3 "$runs/sparse-only.log" >&2; exit 1; }
 fi
 "$python" tests/tools/report.py "$runs/process" "$runs/process-then-sparse" "$runs/sparse-only" \

@@ -21,20 +21,18 @@ only as a model folder, JSON-lines files and a judge's URL.
 import argparse
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
-import judge_prompts  # noqa: E402
+import program_judge  # noqa: E402
+from program_judge import ChatHandler, ChatServer  # noqa: E402, F401  (the tests use them)
 
 MODULUS, LABELS, OPERATIONS = 97, "abcdefgh", ("+7", "*3")
 
@@ -248,23 +246,15 @@ def answer(request: dict) -> str:
 
 def reply_to(messages: list[dict], lies: int = 0) -> str:
     """The toy judge's reply to a prompt of judge_prompts.py, with a reference or without."""
-    system, user = messages[0]["content"], messages[-1]["content"]
-    for kind in judge_prompts.KINDS:
-        first_line = judge_prompts.system_message(kind, "math", True).split("\n")[0]
-        if system.startswith(first_line):
-            break
-    else:
+    call = program_judge.read_call(messages)
+    if call is None:
         return "I am ready."  # the test call at the start of a run
-    question = re.search(r"## Problem\n(.*)", user)[1]
-    given = user.partition("\n## Text to judge\n")[0]
-    reference = re.search(r"\n## Reference solution\n(.*?)(?:\n\n## |\s*$)", given, re.DOTALL)
-    reference = reference[1] if reference else ""
+    kind, question, reference, texts = call
+    user = messages[1]["content"]
     if kind == "rubric" and not reference:
         return "- each step has its label and operation\n- each goes on from the value before it"
     if kind == "rubric":
         return "\n".join(f"- reaches {value}" for value in re.findall(r"=(\d\d)", reference))
-    fenced = re.findall(r"^<([a-z]+-\d+-[0-9a-f]{8})>\n(.*?)\n</\1>", user, re.DOTALL | re.M)
-    texts = [text for _, text in fenced]
     if kind == "outcome":
         texts = [text for text in re.split(r"^(?=### )", texts[0], flags=re.MULTILINE) if text]
     ends_at = len(texts) - 1 if kind == "together" else None  # where the attempt is known to end
@@ -285,80 +275,6 @@ def reply_to(messages: list[dict], lies: int = 0) -> str:
     return f"Checked the last step.\nScore: {scores[-1]}"
 
 
-class ChatServer(ThreadingHTTPServer):
-    """A chat-completions server on 127.0.0.1 and a free port; `answer(request)` makes each reply.
-
-    `answer` returns a string (the reply's content) or (status, body) to misbehave on purpose.
-    `requests` keeps what was asked.
-    """
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, answer):
-        self.answer, self.requests = answer, []
-        super().__init__(("127.0.0.1", 0), ChatHandler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class ChatHandler(BaseHTTPRequestHandler):
-    """GET /v1/models and POST /v1/chat/completions."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1
-    disable_nagle_algorithm = True
-
-    def log_message(self, *arguments):
-        """Not a line for each request."""
-
-    def do_GET(self):
-        self.reply(200, {"object": "list", "data": [{"id": "toy-judge", "object": "model"}]})
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        request["authorization"] = self.headers["Authorization"]
-        self.server.requests.append(request)
-        content = self.server.answer(request)
-        if isinstance(content, tuple):
-            self.reply(*content)
-            return
-        letters = sum(len(message["content"]) for message in request["messages"])
-        usage = {"prompt_tokens": letters // 4, "completion_tokens": len(content) // 4}
-        usage["total_tokens"] = sum(usage.values())
-        message = {"role": "assistant", "content": content}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        self.reply(200, {
-            "id": "toy", "object": "chat.completion", "created": 0, "model": request["model"],
-            "choices": [choice], "usage": usage,
-        })  # fmt: skip
-
-    def reply(self, status: int, body: dict | str) -> None:
-        kind = "text/html" if isinstance(body, str) else "application/json"
-        data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-        self.wfile.flush()
-
-
-def serve(url_file: Path) -> None:
-    """Run the toy judge until the process that started it is gone."""
-    server = ChatServer(answer)
-    partial = url_file.with_suffix(".partial")
-    partial.write_text(server.url, encoding="utf-8")
-    partial.rename(url_file)
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(0.5)
-        server.requests.clear()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -373,7 +289,7 @@ def main() -> None:
     if args.command == "build":
         build(args.folder, args.seed, args.steps, args.length)
     else:
-        serve(args.url_file)
+        program_judge.serve(answer, args.url_file)
 
 
 if __name__ == "__main__":

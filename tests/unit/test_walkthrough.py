@@ -8,6 +8,8 @@ from statistics import fmean
 
 import pytest
 from conftest import ROOT, read, surroundings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import exprl
 
@@ -83,3 +85,43 @@ def test_the_recipe_on_a_model_of_ones_own(tiny, judge, tmp_path):
     trained = {record["problem"]["question"] for record in rollouts}
     assert trained <= hard and len(trained) == 8
     assert "sparse-only/final" in done.stdout.split("pass@1")[-1]
+
+
+def write_random_model(folder):
+    """Write a tiny random language model whose tokens are bytes."""
+    words = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.mark.stress
+def test_the_problems_in_words(tmp_path):
+    """bash train_small.sh words goes from the warm-up to the table, and continues if repeated."""
+    write_random_model(tmp_path / "model")
+    runs = tmp_path / "runs"
+    few = surroundings(
+        RUNS=str(runs), MODEL=str(tmp_path / "model"), WARM_UP="1", STAGE1="1", STAGE2="1",
+        PROBLEMS="2",
+    )  # fmt: skip
+    command = ["bash", str(ROOT / "train_small.sh"), "words"]
+    for _ in range(2):
+        done = subprocess.run(
+            command, env=few, capture_output=True, text=True, timeout=500, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        table = done.stdout.split("pass@1")[-1]
+        for model in ["warm-up/final", *MODELS[1:]]:
+            assert re.search(rf"runs/{model} +\d+\.\d \[\d+\.\d, \d+\.\d\]", table), model
+    for name, n in (("warm-up", 1), ("process", 1), ("process-then-sparse", 1), ("sparse-only", 2)):
+        assert len(read(runs / name / "metrics.jsonl")) == n  # the repetition trained nothing
+    assert (runs / "report.html").stat().st_size > 0
+    judged = read(runs / "process" / "rollouts.jsonl")
+    assert all(record["rewards"] for record in judged)

@@ -1,0 +1,158 @@
+r"""Problems in words, for a pretrained language model that learns on a CPU.
+
+A problem has a start value, and each of its operations is a sentence:
+
+    question    Ben has 18 eggs. He loses 7. Then he buys 28 more. The number of eggs doubles. ...
+    completion  ### 18 - 7 = 11\n### 11 + 28 = 39\n### 39 * 2 = 78\n ... ### \boxed{...}
+    reference   ### 18 - 7 + 28 = 39\n ...            two operations a line, as people skip steps
+
+All values lie between 1 and 200. This program writes four files into FOLDER:
+
+    base.jsonl     short problems (1 to 3 operations). Their references take one operation a line.
+                   SFT on them shows a language model the form of a solution.
+    train.jsonl    the problems of both stages
+    valid.jsonl    problems on which settings are chosen
+    heldout.jsonl  problems on which the final models are evaluated
+
+No two files share a problem: no two problems have the same start value and operations.
+
+    python tests/toy/words_world.py FOLDER --seed 0
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+NAMES = {  # name: its pronoun
+    "Ben": "he", "Tom": "he", "Omar": "he", "Luis": "he", "Ivan": "he", "Sam": "he",
+    "Ann": "she", "Mia": "she", "Nora": "she", "Ruth": "she", "Zoe": "she", "Eva": "she",
+}  # fmt: skip
+ITEMS = ["eggs", "pens", "coins", "cards", "apples", "books", "shells", "stamps", "marbles", "nuts"]
+SENTENCES = {  # several sentences for each operation; the first word may be a pronoun
+    "+": [
+        "{he} buys {n} more.",
+        "{he} finds {n} more.",
+        "a friend gives {name} {n} {items}.",
+        "{he} wins {n} {items} in a game.",
+    ],
+    "-": [
+        "{he} loses {n}.",
+        "{he} sells {n} of the {items}.",
+        "{he} gives {n} {items} to a friend.",
+        "{n} of the {items} break.",
+    ],
+    "* 2": ["the number of {items} doubles.", "{he} gets twice as many {items} as before."],
+    "* 3": ["the number of {items} triples.", "{he} gets three times as many {items} as before."],
+    "/ 2": ["{he} gives away half of the {items}.", "half of the {items} are lost."],
+}
+LARGEST = 200
+
+
+def apply(operation: str, value: int) -> int | None:
+    """Apply an operation such as "- 7" to a value. None: the result is not a whole number 1..200.
+
+    >>> apply("- 7", 18), apply("* 3", 70), apply("/ 2", 7)
+    (11, None, None)
+    """
+    sign, number = operation[0], int(operation[2:])
+    if sign == "/" and value % number:
+        return None
+    result = {
+        "+": value + number,
+        "-": value - number,
+        "*": value * number,
+        "/": value // number,
+    }[sign]
+    return result if 1 <= result <= LARGEST else None
+
+
+def draw_operations(rng: random.Random, length: int) -> list[int | str]:
+    """Draw a start value and operations whose values all lie in 1..200 -> [18, "- 7", "* 2"]."""
+    value = rng.randrange(5, 60)
+    drawn = [value]
+    while len(drawn) <= length:
+        operation = rng.choice(list(SENTENCES))
+        if operation in "+-":
+            operation += f" {rng.randrange(2, 40)}"
+        result = apply(operation, value)
+        if result is not None:
+            drawn.append(operation)
+            value = result
+    return drawn
+
+
+def write_question(rng: random.Random, start: int, operations: list[str]) -> str:
+    """Tell a story in which the operations happen one after the other."""
+    name, items = rng.choice(list(NAMES)), rng.choice(ITEMS)
+    sentences = [f"{name} has {start} {items}."]
+    for operation in operations:
+        kind = operation if operation in SENTENCES else operation[0]
+        sentence = rng.choice(SENTENCES[kind])
+        sentence = sentence.format(he=NAMES[name], name=name, items=items, n=operation[2:])
+        opening = rng.choice(["", "Then ", "After that, "])
+        sentences.append(opening + sentence if opening else sentence[0].upper() + sentence[1:])
+    return " ".join([*sentences, f"How many {items} does {name} have now?"])
+
+
+def write_solution(start: int, operations: list[str], per_line: int) -> str:
+    r"""Write a solution with up to `per_line` operations on each line.
+
+    >>> print(write_solution(18, ["- 7", "* 2", "+ 1"], per_line=2))
+    ### (18 - 7) * 2 = 22
+    ### 22 + 1 = 23
+    ### \boxed{23}
+    """
+    lines, value = [], start
+    for first in range(0, len(operations), per_line):
+        expression = str(value)
+        for operation in operations[first : first + per_line]:
+            if operation[0] in "*/" and {*expression} & {*"+-"}:
+                expression = f"({expression})"
+            expression += f" {operation}"
+            value = apply(operation, value)
+        lines.append(f"### {expression} = {value}")
+    return "\n".join([*lines, rf"### \boxed{{{value}}}"])
+
+
+def make_problems(rng: random.Random, lengths: list[int], per_line: int, seen: set) -> list[dict]:
+    """Make a problem of each length. `seen` has the operations of earlier problems and grows."""
+    problems = []
+    for length in lengths:
+        drawn = draw_operations(rng, length)
+        while tuple(drawn) in seen:
+            drawn = draw_operations(rng, length)
+        seen.add(tuple(drawn))
+        start, *operations = drawn
+        reference = write_solution(start, operations, per_line)
+        answer = reference.split("{")[1].rstrip("}")
+        question = write_question(rng, start, operations)
+        problems.append({"question": question, "reference": reference, "answer": answer})
+    return problems
+
+
+def build(folder: Path, seed: int, length: int, base_lengths: list[int], sizes: dict) -> None:
+    """Write base.jsonl, train.jsonl, valid.jsonl and heldout.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, seen = random.Random(seed), set()
+    for name, size in sizes.items():
+        is_base = name == "base"
+        lengths = [rng.choice(base_lengths) if is_base else length for _ in range(size)]
+        problems = make_problems(rng, lengths, 1 if is_base else 2, seen)
+        text = "".join(json.dumps(problem) + "\n" for problem in problems)
+        (folder / f"{name}.jsonl").write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--length", type=int, default=4, help="operations of a problem")
+    parser.add_argument("--base-lengths", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    sizes = {"base": 1024, "train": 512, "valid": 100, "heldout": 200}
+    build(args.folder, args.seed, args.length, args.base_lengths, sizes)
+
+
+if __name__ == "__main__":
+    main()
