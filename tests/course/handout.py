@@ -19,10 +19,13 @@ HANDED_OUT = [
     "tests/tools/baselines.py",
     "tests/tools/calibrate.py",
     "tests/tools/evaluate.py",
+    "tests/tools/program_judge.py",
     "tests/tools/quotes.py",
     "tests/tools/report.py",
+    "tests/tools/value_judge.py",
     "tests/toy/compare.py",
     "tests/toy/toy_world.py",
+    "tests/toy/words_world.py",
 ]
 
 
