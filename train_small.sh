@@ -35,7 +35,7 @@ start_judge() {  # a judge that is a program: it runs until this script ends
 }
 
 if [ $# -eq 0 ] || [ "$1" = compare ]; then
-  runs=${RUNS:-runs/toy} stage1=${STAGE1:-120} stage2=${STAGE2:-60} base=$runs/base problems=$runs/train.jsonl
+  runs=${RUNS:-runs/toy} stage1=${STAGE1:-80} stage2=${STAGE2:-40} base=$runs/base problems=$runs/train.jsonl
   length=${LENGTH:-6}
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
   unset OPENAI_API_KEY OPENAI_BASE_URL
@@ -43,7 +43,7 @@ if [ $# -eq 0 ] || [ "$1" = compare ]; then
   settings=(--lr 4e-4 --kl 0.02 --optimizer-steps 2 --micro-batch 64 --save-every 20 --clip-high 0.28)
   settings+=(--judge-model "${JUDGE_MODEL:-toy-judge}")
   [ $# -eq 0 ] || exec "$python" tests/toy/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
-    --stage1 "$stage1" --stage2 "$stage2" --base-steps "${BASE_STEPS:-1000}" \
+    --stage1 "${STAGE1:-120}" --stage2 "${STAGE2:-60}" --base-steps "${BASE_STEPS:-1000}" \
     --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${settings[*]}" --sampling="${sampling[*]}"
 elif [ "$1" = words ]; then
   runs=${RUNS:-runs/words} stage1=${STAGE1:-70} stage2=${STAGE2:-40} base=$runs/warm-up/final problems=$runs/train.jsonl
@@ -67,7 +67,7 @@ if command -v flock >/dev/null; then
 fi
 
 if [ $# -eq 0 ]; then
-  heading "toy world: problems and base model ($runs); about 6 minutes in all on 2 cores"
+  heading "toy world: problems and base model ($runs); about 5 minutes in all on 2 cores"
   [ -d "$base" ] || OMP_NUM_THREADS=2 "$python" tests/toy/toy_world.py build "$runs" \
     --steps "${BASE_STEPS:-1000}" --length "$length"
   start_judge tests/toy/toy_world.py judge
