@@ -119,7 +119,7 @@ def test_the_problems_in_words(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         table = done.stdout.split("pass@1")[-1]
         for model in ["warm-up/final", *MODELS[1:]]:
-            assert re.search(rf"runs/{model} +\d+\.\d \[\d+\.\d, \d+\.\d\]", table), model
+            assert re.search(rf"runs/{model} +2 x 8 +\d+\.\d \[\d+\.\d, \d+\.\d\]", table), model
     for name, n in (("warm-up", 1), ("process", 1), ("process-then-sparse", 1), ("sparse-only", 2)):
         assert len(read(runs / name / "metrics.jsonl")) == n  # the repetition trained nothing
     assert (runs / "report.html").stat().st_size > 0

@@ -32,6 +32,8 @@ def test_references_are_true_and_reach_the_answer(world, name):
         assert str(calculations[-1][0].stated) == problem["answer"]
         results = [result for found in calculations for result in found[0].results]
         assert all(1 <= result <= words_world.LARGEST for result in results)
+        start = int(re.search(r"\d+", problem["question"])[0])
+        assert len({start, *results}) == 1 + len(results)  # no story reaches its answer early
 
 
 def test_only_the_base_sees_one_operation_on_each_line(world):
