@@ -446,10 +446,9 @@ def sample(model, tokenizer, problems, n, batch_size):
 PATIENCE = 600.0  # seconds: the run stops if the judge is unavailable and no new call begins
 PAUSE = 5.0  # seconds between two tries
 TRIES = 3  # a call fails after this many replies that cannot be parsed
-HELP = (
-    "(Check OPENAI_API_KEY, --judge-url http://HOST:PORT/v1, --judge-model and "
-    """--judge-options '{"temperature": 0, "max_tokens": 2048}'. --resume continues a run.)"""
-)
+HELP = """(Check OPENAI_API_KEY, --judge-url http://HOST:PORT/v1, --judge-model and \
+--judge-options '{"temperature": 0, "max_tokens": 2048}'. Without a key: \
+tests/tools/value_judge.py is a free judge. --resume continues a run.)"""
 
 
 class JudgeClient:
@@ -594,7 +593,7 @@ class Judge(JudgeClient):
             verdicts = list(threads.map(self.judge, completions, rubric_of_each))
         failed = [verdict.replies for verdict in verdicts if verdict.rewards is None]
         if len(failed) > len(verdicts) / 2:
-            stop(f"{self.name} failed on most completions: the last reply is {failed[-1][-1]!r}")
+            stop(f"{self.name} failed on most completions. A reply: {failed[-1][-1]!r} {HELP}")
         return verdicts
 
     def make_rubric(self, problem):
