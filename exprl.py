@@ -908,7 +908,7 @@ def open_run(out, settings):
     before = json.loads(file.read_text())
     for name in settings.keys() - MAY_CHANGE:
         if settings[name] != before[name]:
-            stop(f"{out} has --{name} {before[name]}, not {settings[name]}: choose another --out")
+            stop(f"{out} has {name} = {before[name]}, not {settings[name]}: choose another --out")
 
 
 def save_checkpoint(file, iteration, model, optimizer):

@@ -34,6 +34,7 @@ start_judge() {  # a judge that is a program: it runs until this script ends
   held_out=(--data "$runs/heldout.jsonl" --problems "${PROBLEMS:-0}" --samples 8 --out "$runs/eval")
 }
 
+sparse=(--method sparse)
 if [ $# -eq 0 ] || [ "$1" = compare ]; then
   runs=${RUNS:-runs/toy} stage1=${STAGE1:-80} stage2=${STAGE2:-40} base=$runs/base problems=$runs/train.jsonl
   length=${LENGTH:-6}
@@ -49,7 +50,7 @@ elif [ "$1" = words ]; then
   runs=${RUNS:-runs/words} stage1=${STAGE1:-70} stage2=${STAGE2:-40} base=$runs/warm-up/final problems=$runs/train.jsonl
   seed=${SEED:-0}
   sampling=(--temperature 1 --max-new-tokens 72 --sample-batch 64 --seed "$seed")
-  settings=(--lr 2e-5 --kl 0.01 --micro-batch 8 --save-every 10)
+  settings=(--prompts-per-iteration 4 --lr 3e-5 --kl 0.01 --micro-batch 8 --save-every 10)
   settings+=(--judge-model value-judge)
   unset OPENAI_API_KEY OPENAI_BASE_URL
 else
@@ -59,6 +60,7 @@ else
   sampling=(--max-new-tokens "${MAX_NEW_TOKENS:-512}")
   held_out=(--data "${HELD_OUT:-gsm8k}" --problems "${PROBLEMS:-200}" --samples 8 --out "$runs/eval")
   settings=(--save-every 20)
+  sparse+=(--no-std --kl 0)  # the paper's stage 2
 fi
 mkdir -p "$runs"
 if command -v flock >/dev/null; then
@@ -75,7 +77,7 @@ elif [ "$1" = words ]; then
   heading "problems in words, and a base model that knows the form of a solution ($runs); some hours in all on 2 cores"
   [ -f "$runs/heldout.jsonl" ] || "$python" tests/toy/words_world.py "$runs" --length "${LENGTH:-4}" --seed "$seed"
   [ -d "$base" ] || "$python" tests/tools/baselines.py --method sft --model "${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}" \
-    --data "$runs/base.jsonl" --out "$runs/warm-up" --iterations "${WARM_UP:-16}" --prompts-per-iteration 16 --lr 1e-4 --resume
+    --data "$runs/base.jsonl" --out "$runs/warm-up" --iterations "${WARM_UP:-24}" --prompts-per-iteration 16 --lr 1e-4 --resume
   start_judge tests/tools/value_judge.py --port 0
   # Two runs at the same time, with half of the cores each, are faster than one after the other.
   OMP_NUM_THREADS=$("$python" -c 'import os; print(max(1, os.cpu_count() // 2))') && export OMP_NUM_THREADS
@@ -86,7 +88,7 @@ elif [ ! -f "$problems" ]; then
 fi
 evaluate_held_out() { evaluate --model "$@" "${held_out[@]}" "${sampling[@]}"; }
 control() {
-  train --method sparse --model "$base" --out "$runs/sparse-only" --iterations $((stage1 + stage2))
+  train "${sparse[@]}" --model "$base" --out "$runs/sparse-only" --iterations $((stage1 + stage2))
   evaluate_held_out "$base" "$runs/sparse-only/final"
 }
 
@@ -98,7 +100,7 @@ fi
 heading "1/4 stage 1: ExpRL-Process, $stage1 iterations. The judge reads the references, the policy does not"
 train --method process --model "$base" --out "$runs/process" --iterations "$stage1" "${judge[@]}"
 heading "2/4 stage 2: sparse reward, $stage2 iterations, from the model of stage 1"
-train --method sparse --model "$runs/process/final" --out "$runs/process-then-sparse" --iterations "$stage2"
+train "${sparse[@]}" --model "$runs/process/final" --out "$runs/process-then-sparse" --iterations "$stage2"
 heading "3/4 the control: sparse reward from the base model, $((stage1 + stage2)) iterations"
 if [ "$has_program_judge" ]; then
   echo "(it runs at the same time as the stages above; its output is in $runs/sparse-only.log)"

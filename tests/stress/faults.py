@@ -517,7 +517,8 @@ def make_row(world, group, name, make):
 
 
 def line(cells):
-    """Write a line of a table."""
+    """Write a line of a table. The advice of the judge's messages stands above the tables."""
+    cells = [cell.replace(exprl.HELP, "(Check ...)") for cell in cells]
     cells = [" ".join(cell.replace("|", "\\|").split()) for cell in cells]
     cells = [cell if len(cell) < 160 else cell[:160] + "..." for cell in cells]
     return "| " + " | ".join(cells) + " |"
@@ -528,15 +529,16 @@ def write_page(rows):
     page = [
         "# When something breaks",
         "",
-        "This page is for people who want to know what a fault costs them. The command "
-        "`python tests/stress/faults.py` causes each fault and writes this page. Each fault hits a "
-        "training run of two iterations in the toy world, which needs 20 replies of the judge. To "
+        "This page is for people who want to know what a fault costs them. The command",
+        "`python tests/stress/faults.py` causes each fault and writes this page. Each fault hits a",
+        "training run of two iterations in the toy world, which needs 20 replies of the judge. To",
         "save time, the run waits less than a second for an unavailable judge, not ten minutes.",
         "",
         "- *run* is the folder of the run.",
         "- *bit for bit* means that weights and metrics equal those of an undisturbed run.",
         "- *Traceback:* stands before the last line of a traceback.",
         "- A reply that was kept was never paid for again, unless the last column says so.",
+        f"- *(Check ...)* stands for this advice: `{exprl.HELP}`",
         "",
         f"There are {sum(map(len, rows.values()))} faults.",
     ]

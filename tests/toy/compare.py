@@ -47,7 +47,7 @@ SYSTEMS = {  # run folder: (row of the table, flags of stage 1); stage 2 is the 
         f"{PROCESS} delta --reference wrong",
     ),
 }
-KS, MEASURES, AT_A_TIME = (1, 2, 4, 8), ("pass@1", "pass@8", "steps"), 2
+KS, MEASURES, AT_A_TIME = (1, 2, 4, 8), ("pass@1", "pass@8", "trace"), 2
 
 # --------------------------------------------------------------------------------------------------
 # What there is to do, and doing it
@@ -214,14 +214,14 @@ def code_version() -> str:
 
 
 def read_eval(path: Path) -> dict[str, list[float]]:
-    """{"pass@1": one number a problem, ..., "steps": its share of completions with all right}."""
+    """Return {"pass@1": one number per problem, ..., "trace": the share of its exact traces}."""
     records = exprl.read_jsonl(path)
     rates = {}
     for k in KS:
         rates[f"pass@{k}"] = [evaluate.pass_at_k(r["n"], r["correct"], k) for r in records]
     right = [toy_world.write_trace(r["question"], toy_world.apply) for r in records]
     pairs = zip(records, right, strict=True)
-    return rates | {"steps": [r["texts"].count(text) / r["n"] for r, text in pairs]}
+    return rates | {"trace": [r["texts"].count(text) / r["n"] for r, text in pairs]}
 
 
 def read_costs(run: Path) -> tuple[int, int]:
@@ -270,12 +270,12 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-TEXT = """# The comparison on the toy world
+TEXT = """# All methods compared in the toy world
 
-Made by `bash train_small.sh compare`: seeds {seeds}, each with its own problems and base model (the
-demonstration has seed 0). Stage 1 has {stage1} iterations of the row's method. Stage 2 has {stage2}
-iterations of the sparse reward (GRPO) from there. {problems} held-out problems per seed, {n}
-completions of each. In percent, with 95% intervals.
+`bash train_small.sh compare` wrote this page. The seeds are {seeds}, and each has its own problems
+and its own base model. Stage 1 has {stage1} iterations of the method of the row. Stage 2 has
+{stage2} iterations of the sparse reward (GRPO) from there. The table is in percent, from {n}
+completions of each of {problems} held-out problems per seed, with 95% intervals.
 
 {table}
 
@@ -287,24 +287,23 @@ pass@1 after stage 1 → after stage 2, by seed:
 
 What the columns mean:
 
-- pass@k: the chance that one of k completions has the right answer (unbiased estimate).
-- steps: the share of completions that are the right trace, line by line, one operation a line; an
-  answer alone is guessed once in {modulus} times. After SFT it is 0, whatever was learned:
-  references take two operations a line.
-- Intervals: bootstrap over seeds and over each seed's problems. From few seeds it is a rough guide:
-  see the second table.
-- Completions: what was trained on in stage 1 + stage 2, counted in the runs' logs; in stage 1 of
-  SFT these are references. Optimizer steps likewise.
+- pass@k is the probability that at least one of k completions is correct (unbiased estimate).
+- trace is the share of completions that equal the correct solution line by line, with one operation
+  on each line. A guessed answer is correct once in {modulus} times. After SFT this share is 0,
+  whatever was learned, because references take two operations per line.
+- The intervals are bootstrap intervals over seeds and over the problems of each seed. With few
+  seeds they are a rough guide, so look at the second table, too.
+- completions is the number that was trained on in stage 1 + stage 2, counted in the logs of the
+  runs. In stage 1 of SFT these are references. The optimizer steps are counted in the same way.
 
-What follows from how the world was built, before any run:
+Some results follow from the way the world was built, before any run:
 
-- The judge is a program. With the right reference its verdict on a step is exact. Without one it
-  can check form only (label, operation, start value, the box), so that wrong values cost nothing.
-  With another problem's reference it compares with values that are not this problem's, so that a
-  right step is paid by coincidence only.
-- References take two operations a line, the base model's completions one.
-- The base model was pretrained to copy most values of a reference that stands in its prompt,
-  whatever it wrote before: so it can be a teacher for self-distillation.
+- The judge is a program. With the correct reference, its scores are exact. Without a reference it
+  can check only the form (label, operation, start value, box), so a wrong value costs nothing. With
+  another problem's reference, it rewards a correct step only by coincidence.
+- References take two operations per line, and the base model's completions take one.
+- The base model was pretrained to copy most values of a reference in its prompt, whatever it wrote
+  before. This makes it a teacher for self-distillation.
 
 {machine}
 """
@@ -333,7 +332,7 @@ CPU cores: {wall:.1f} minutes in {len(starts)} start(s) of the command, the jobs
         machine += "\n\n**The code changed between jobs.**"
     text = TEXT.format(
         seeds=", ".join(map(str, args.seeds)), stage1=args.stage1, stage2=args.stage2, n=max(KS),
-        problems=found["base model"][1]["steps"].shape[1], table=markdown(rows),
+        problems=found["base model"][1]["trace"].shape[1], table=markdown(rows),
         by_seed=markdown(by_seed), modulus=toy_world.MODULUS, machine=machine,
     )  # fmt: skip
     (args.runs / "comparison.md").write_text(text, encoding="utf-8")
