@@ -77,7 +77,7 @@ elif [ "$1" = words ]; then
   heading "problems in words, and a base model that knows the form of a solution ($runs); some hours in all on 2 cores"
   [ -f "$runs/heldout.jsonl" ] || "$python" tests/toy/words_world.py "$runs" --length "${LENGTH:-4}" --seed "$seed"
   [ -d "$base" ] || "$python" tests/tools/baselines.py --method sft --model "${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}" \
-    --data "$runs/base.jsonl" --out "$runs/warm-up" --iterations "${WARM_UP:-24}" --prompts-per-iteration 16 --lr 1e-4 --resume
+    --data "$runs/base.jsonl" --out "$runs/warm-up" --iterations "${WARM_UP:-24}" --prompts-per-iteration 16 --lr 1e-4 --seed "$seed" --resume
   start_judge tests/tools/value_judge.py --port 0
   # Two runs at the same time, with half of the cores each, are faster than one after the other.
   OMP_NUM_THREADS=$("$python" -c 'import os; print(max(1, os.cpu_count() // 2))') && export OMP_NUM_THREADS
