@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 COLUMNS = ["student", "seed", "function", "points", "out_of", "failed"]
 CONTAINER = (
-    "Use --no-sandbox only for code that you trust, or in a container with a copy of the "
-    "repository: docker run --rm --network none --memory 4g --pids-limit 100 -v $PWD:/exprl -w "
-    "/exprl IMAGE python tests/course/assignment.py grade --no-sandbox submissions/* (IMAGE has "
-    "the packages of requirements.txt)"
+    "Use --no-sandbox only for code that you trust, or in a container with a copy of all this: "
+    "docker run --rm --network none --memory 4g --pids-limit 100 -v $PWD:/exprl -w /exprl IMAGE "
+    "python tests/course/assignment.py grade --no-sandbox submissions/*"
 )
 
 
