@@ -47,11 +47,11 @@ if [ $# -eq 0 ] || [ "$1" = compare ]; then
     --stage1 "${STAGE1:-120}" --stage2 "${STAGE2:-60}" --base-steps "${BASE_STEPS:-1000}" \
     --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${settings[*]}" --sampling="${sampling[*]}"
 elif [ "$1" = words ]; then
-  runs=${RUNS:-runs/words} stage1=${STAGE1:-70} stage2=${STAGE2:-40} base=$runs/warm-up/final problems=$runs/train.jsonl
+  runs=${RUNS:-runs/words} stage1=${STAGE1:-50} stage2=${STAGE2:-30} base=$runs/warm-up/final problems=$runs/train.jsonl
   seed=${SEED:-0}
   sampling=(--temperature 1 --max-new-tokens 72 --sample-batch 64 --seed "$seed")
-  settings=(--prompts-per-iteration 4 --lr 3e-5 --kl 0.01 --micro-batch 8 --save-every 10)
-  settings+=(--judge-model value-judge)
+  settings=(--prompts-per-iteration 4 --process-norm group --lr 2e-5 --kl 0.02 --micro-batch 8)
+  settings+=(--save-every 10 --judge-model value-judge)
   unset OPENAI_API_KEY OPENAI_BASE_URL
 else
   runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1

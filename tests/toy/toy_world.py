@@ -3,8 +3,8 @@ r"""A world small enough for a CPU, in which ExpRL's effect shows within minutes
 A problem applies six operations (or with --length 8 eight), each +7 or *3 modulo 97, to a start
 value:
 
-    question    29a*3b+7c+7d*3e*3f+7=            the answer is 59
-    completion  ### a29*3=87\n### b87+7=94\n ... \n### f...=59\n\boxed{59}
+    question    29a*3b+7c+7d*3e*3f+7=            the answer is 43
+    completion  ### a29*3=87\n### b87+7=94\n ... \n### f...=43\n\boxed{43}
     reference   ### a29*3+7=94\n ...             two operations a line, as people skip steps
 
 The base model knows the form, and each of the 194 facts (97 values, two operations) with a
