@@ -199,7 +199,7 @@ def build(
 def step_score(
     question: str, reference: str, step: str, position: int | None, last: bool, before: str
 ) -> int:
-    """5 if the step is right, else 1: carried to the reference's next checkpoint, its value agrees.
+    """5 if the step is correct, else 1: carried on to the reference's next value, its value agrees.
 
     A step takes one operation, as completions do, or two at once, as references do; `position` is
     the number of operations before it (None: not shown). All are one-to-one modulo 97, so the
@@ -219,11 +219,11 @@ def step_score(
         return 1
     final = value
     if reference:
-        checkpoints = re.findall(r"=(\d\d)", reference)
-        carried, at, final = int(value), index // 2, checkpoints[-1]
+        values = re.findall(r"=(\d\d)", reference)
+        carried, at, final = int(value), index // 2, values[-1]
         for _, following in operations[index + 1 : 2 * at + 2]:
             carried = apply(following, carried)
-        if carried != int(checkpoints[at]):
+        if carried != int(values[at]):
             return 1
     elif start != (question[:2] if first == 0 else before or start):
         return 1
@@ -264,7 +264,7 @@ def reply_to(messages: list[dict], lies: int = 0) -> str:
         position = None if kind == "alone" else sum(counts[:t])
         scores.append(step_score(question, reference, text, position, t == ends_at, before))
         before = "".join(re.findall(r"^### .*=(\d\d)$", text, re.MULTILINE)[:1])
-    if kind == "outcome":  # how many of the checkpoints are reached in a row
+    if kind == "outcome":  # how many of the values are reached in a row
         right = sum(counts[: (*scores, 1).index(1)])
         reached, all_of_them = right // 2, len(re.findall("[a-h]", question)) // 2
         score = tell(1 + int(4 * reached / all_of_them), lies, user)

@@ -6,7 +6,7 @@ A problem has a start value, and each of its operations is a sentence:
     completion  ### 18 - 7 = 11\n### 11 + 28 = 39\n### 39 * 2 = 78\n ... ### \boxed{...}
     reference   ### 18 - 7 + 28 = 39\n ...            two operations a line, as people skip steps
 
-All values lie between 1 and 100. This program writes four files into FOLDER:
+All values lie between 1 and 40. This program writes four files into FOLDER:
 
     base.jsonl     short problems (1 to 3 operations). Their references take one operation a line.
                    SFT on them shows a language model the form of a solution.
@@ -46,13 +46,13 @@ SENTENCES = {  # several sentences for each operation; the first word may be a p
     "* 3": ["the number of {items} triples.", "{he} gets three times as many {items} as before."],
     "/ 2": ["{he} gives away half of the {items}.", "half of the {items} are lost."],
 }
-LARGEST = 100
+LARGEST = 40
 
 
 def apply(operation: str, value: int) -> int | None:
-    """Apply an operation such as "- 7" to a value. None: the result is not a whole number 1..100.
+    """Apply an operation such as "- 7" to a value. None: the result is not a whole number 1..40.
 
-    >>> apply("- 7", 18), apply("* 3", 40), apply("/ 2", 7)
+    >>> apply("- 7", 18), apply("* 3", 20), apply("/ 2", 7)
     (11, None, None)
     """
     sign, number = operation[0], int(operation[2:])
@@ -70,14 +70,14 @@ def apply(operation: str, value: int) -> int | None:
 def draw_operations(rng: random.Random, length: int) -> list[int | str]:
     """Draw a start value and operations -> [18, "- 7", "* 2"].
 
-    All values lie in 1..100 and no two of them are equal, so that no story reaches its answer
+    All values lie in 1..40 and no two of them are equal, so that no story reaches its answer
     early.
     """
-    values, operations = [rng.randrange(5, 31)], []
+    values, operations = [rng.randrange(3, 31)], []
     while len(operations) < length:
         operation = rng.choice(list(SENTENCES))
         if operation in "+-":
-            operation += f" {rng.randrange(2, 13)}"
+            operation += f" {rng.randrange(2, 10)}"
         result = apply(operation, values[-1])
         if result is not None and result not in values:
             operations.append(operation)
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4, help="operations of a problem")
     parser.add_argument("--base-lengths", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
-    sizes = {"base": 1024, "train": 512, "valid": 100, "heldout": 200}
+    sizes = {"base": 512, "train": 512, "valid": 100, "heldout": 200}
     build(args.folder, args.seed, args.length, args.base_lengths, sizes)
 
 
