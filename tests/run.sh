@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the packages and runs the tests. They need neither a GPU nor a key.
-#   bash tests/run.sh [PYTEST ARGUMENTS]            everything but the stress tests (5 to 7 minutes)
-#   bash tests/run.sh --stress [PYTEST ARGUMENTS]   the stress tests (10 to 15 minutes)
+#   bash tests/run.sh [PYTEST ARGUMENTS]            everything but the stress tests (5 to 9 minutes)
+#   bash tests/run.sh --stress [PYTEST ARGUMENTS]   the stress tests (10 to 30 minutes)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/setup.sh
