@@ -13,7 +13,8 @@
 # toy world: LENGTH=8 makes problems of eight operations, and JUDGE_MODEL=toy-judge-lies-20 makes the
 # toy judge invert 20% of its scores.
 set -euo pipefail
-case ${1:-toy} in toy | words) has_program_judge=1 ;; *) has_program_judge= ;; esac
+what=${1:-toy}  # toy, compare, words, or a model
+case $what in toy | words) has_program_judge=1 ;; *) has_program_judge= ;; esac
 cd "$(dirname "$0")"
 . tests/setup.sh
 
@@ -35,7 +36,7 @@ start_judge() {  # a judge that is a program: it runs until this script ends
 }
 
 sparse=(--method sparse)
-if [ $# -eq 0 ] || [ "$1" = compare ]; then
+if [ "$what" = toy ] || [ "$what" = compare ]; then
   runs=${RUNS:-runs/toy} stage1=${STAGE1:-80} stage2=${STAGE2:-40} base=$runs/base problems=$runs/train.jsonl
   length=${LENGTH:-6}
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1
@@ -43,10 +44,10 @@ if [ $# -eq 0 ] || [ "$1" = compare ]; then
   sampling=(--temperature 1 --max-new-tokens $((10 * length)) --sample-batch 256)
   settings=(--lr 4e-4 --kl 0.02 --optimizer-steps 2 --micro-batch 64 --save-every 20 --clip-high 0.28)
   settings+=(--judge-model "${JUDGE_MODEL:-toy-judge}")
-  [ $# -eq 0 ] || exec "$python" tests/toy/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
+  [ "$what" = toy ] || exec "$python" tests/toy/compare.py --runs "$runs" --seeds "${SEEDS:-1 2 3}" \
     --stage1 "${STAGE1:-120}" --stage2 "${STAGE2:-60}" --base-steps "${BASE_STEPS:-1000}" \
     --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${settings[*]}" --sampling="${sampling[*]}"
-elif [ "$1" = words ]; then
+elif [ "$what" = words ]; then
   runs=${RUNS:-runs/words} stage1=${STAGE1:-50} stage2=${STAGE2:-30} base=$runs/warm-up/final problems=$runs/train.jsonl
   seed=${SEED:-0}
   sampling=(--temperature 1 --max-new-tokens 72 --sample-batch 64 --seed "$seed")
@@ -54,7 +55,7 @@ elif [ "$1" = words ]; then
   settings+=(--save-every 10 --judge-model value-judge)
   unset OPENAI_API_KEY OPENAI_BASE_URL
 else
-  runs=${RUNS:-runs/$(basename "$1")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$1
+  runs=${RUNS:-runs/$(basename "$what")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$what
   problems=$runs/hard.jsonl
   judge=(--judge-url "${JUDGE_URL:-}" --judge-model "${JUDGE_MODEL:-gpt-4.1-mini}")
   sampling=(--max-new-tokens "${MAX_NEW_TOKENS:-512}")
@@ -68,12 +69,12 @@ if command -v flock >/dev/null; then
   flock -n 8 || { echo "another train_small.sh is running in $runs: wait for its end, or set RUNS to another folder" >&2; exit 1; }
 fi
 
-if [ $# -eq 0 ]; then
+if [ "$what" = toy ]; then
   heading "toy world: problems and base model ($runs); about 5 minutes in all on 2 cores"
   [ -d "$base" ] || OMP_NUM_THREADS=2 "$python" tests/toy/toy_world.py build "$runs" \
     --steps "${BASE_STEPS:-1000}" --length "$length"
   start_judge tests/toy/toy_world.py judge
-elif [ "$1" = words ]; then
+elif [ "$what" = words ]; then
   heading "problems in words, and a base model that knows the form of a solution ($runs); some hours in all on 2 cores"
   [ -f "$runs/heldout.jsonl" ] || "$python" tests/toy/words_world.py "$runs" --length "${LENGTH:-4}" --seed "$seed"
   [ -d "$base" ] || "$python" tests/tools/baselines.py --method sft --model "${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}" \

@@ -27,11 +27,12 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy"), str(ROOT / "tests" / "tools")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parent), *sys.path[:2]])
 
 import openai  # noqa: E402
+import program_judge  # noqa: E402
 import torch  # noqa: E402
 import toy_world  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -52,7 +53,7 @@ KEY = "sk-which-nobody-may-see"
 
 
 # ---- A judge that breaks -------------------------------------------------------------------------
-class Server(toy_world.ChatServer):
+class Server(program_judge.ChatServer):
     """The toy judge. After some calls it answers with `fault`. `paid` counts its other replies."""
 
     def __init__(self, fault=None, after=math.inf):
@@ -74,7 +75,7 @@ class Server(toy_world.ChatServer):
         return toy_world.answer(request)
 
 
-class Handler(toy_world.ChatHandler):
+class Handler(program_judge.ChatHandler):
     """Besides replies, it can close the connection or be late."""
 
     def reply(self, status, body):

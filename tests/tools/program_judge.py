@@ -68,7 +68,7 @@ class ChatServer(ThreadingHTTPServer):
     """A chat-completions server on 127.0.0.1. `answer(request)` makes each reply.
 
     `answer` returns a string (the reply's content) or (status, body) to misbehave on purpose.
-    `requests` keeps what was asked. Port 0 stands for any free port.
+    `requests` keeps the requests that arrived. Port 0 stands for any free port.
     """
 
     daemon_threads = True

@@ -142,7 +142,7 @@ def run_all(jobs: list[Job], lock: int, starts: Path) -> None:
     """Run what is not finished, two at a time. A job that fails ends all with one line."""
     finished = {job.name for job in jobs if job.is_done()}
     new, running, begun = [], {}, time.monotonic()
-    judge = toy_world.ChatServer(toy_world.answer)
+    judge = toy_world.program_judge.ChatServer(toy_world.answer)
     environment = os.environ | {"OPENAI_BASE_URL": judge.url}  # so the port is in no command
     # where there is setpriv (Linux), no job outlives this process, however that ends
     tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []

@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 import program_judge  # noqa: E402
-from program_judge import ChatHandler, ChatServer  # noqa: E402, F401  (the tests use them)
 
 MODULUS, LABELS, OPERATIONS = 97, "abcdefgh", ("+7", "*3")
 

@@ -2,13 +2,13 @@ r"""Problems in words, for a pretrained language model that learns on a CPU.
 
 A problem has a start value, and each of its operations is a sentence:
 
-    question    Ben has 18 eggs. He loses 7. Then he buys 28 more. The number of eggs doubles. ...
-    completion  ### 18 - 7 = 11\n### 11 + 28 = 39\n### 39 * 2 = 78\n ... ### \boxed{...}
-    reference   ### 18 - 7 + 28 = 39\n ...            two operations a line, as people skip steps
+    question    Ben has 18 eggs. He loses 7. Then he buys 5 more. The number of eggs doubles. ...
+    completion  ### 18 - 7 = 11\n### 11 + 5 = 16\n### 16 * 2 = 32\n ... ### \boxed{...}
+    reference   ### 18 - 7 + 5 = 16\n ...        two operations per line, as people skip steps
 
 All values lie between 1 and 40. This program writes four files into FOLDER:
 
-    base.jsonl     short problems (1 to 3 operations). Their references take one operation a line.
+    base.jsonl     short problems (1 or 2 operations). Their references do one operation per line.
                    SFT on them shows a language model the form of a solution.
     train.jsonl    the problems of both stages
     valid.jsonl    problems on which settings are chosen
@@ -47,6 +47,7 @@ SENTENCES = {  # several sentences for each operation; the first word may be a p
     "/ 2": ["{he} gives away half of the {items}.", "half of the {items} are lost."],
 }
 LARGEST = 40
+BASE_LENGTHS = (1, 2)  # operations of the short problems
 
 
 def apply(operation: str, value: int) -> int | None:
@@ -70,8 +71,7 @@ def apply(operation: str, value: int) -> int | None:
 def draw_operations(rng: random.Random, length: int) -> list[int | str]:
     """Draw a start value and operations -> [18, "- 7", "* 2"].
 
-    All values lie in 1..40 and no two of them are equal, so that no story reaches its answer
-    early.
+    All values lie in 1..40. No two of them are equal, so that no story reaches its answer early.
     """
     values, operations = [rng.randrange(3, 31)], []
     while len(operations) < length:
@@ -134,13 +134,13 @@ def make_problems(rng: random.Random, lengths: list[int], per_line: int, seen: s
     return problems
 
 
-def build(folder: Path, seed: int, length: int, base_lengths: list[int], sizes: dict) -> None:
+def build(folder: Path, seed: int, length: int, sizes: dict) -> None:
     """Write base.jsonl, train.jsonl, valid.jsonl and heldout.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, seen = random.Random(seed), set()
     for name, size in sizes.items():
         is_base = name == "base"
-        lengths = [rng.choice(base_lengths) if is_base else length for _ in range(size)]
+        lengths = [rng.choice(BASE_LENGTHS) if is_base else length for _ in range(size)]
         problems = make_problems(rng, lengths, 1 if is_base else 2, seen)
         text = "".join(json.dumps(problem) + "\n" for problem in problems)
         (folder / f"{name}.jsonl").write_text(text)
@@ -150,11 +150,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--length", type=int, default=4, help="operations of a problem")
-    parser.add_argument("--base-lengths", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(  # there are not enough problems of 1 operation, nor values for 40
+        "--length", type=int, default=4, choices=range(2, 11), help="operations of a problem"
+    )
     args = parser.parse_args()
     sizes = {"base": 512, "train": 512, "valid": 100, "heldout": 200}
-    build(args.folder, args.seed, args.length, args.base_lengths, sizes)
+    build(args.folder, args.seed, args.length, sizes)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ TESTS = ROOT / "tests"
 ROOMS = [TESTS / room for room in ("toy", "tools", "course", "stress", "unit")]
 sys.path[:0] = map(str, [ROOT, *ROOMS])
 
+import program_judge  # noqa: E402
 import toy_world  # noqa: E402
 
 import exprl  # noqa: E402
@@ -38,7 +39,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def judge():
     """The toy judge behind its HTTP server."""
-    server = toy_world.ChatServer(toy_world.answer)
+    server = program_judge.ChatServer(toy_world.answer)
     yield server
     server.shutdown()
 

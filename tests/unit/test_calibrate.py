@@ -9,9 +9,9 @@ import threading
 import attempts
 import calibrate as calibration
 import numpy as np
+import program_judge
 import pytest
 import quotes
-import toy_world
 from conftest import read
 
 import exprl
@@ -94,7 +94,7 @@ def calibrate(tmp_path, capsys, no_key, monkeypatch):
             labels = [f"Step {t}" if is_by_step else "Score" for t in range(1, len(scores) + 1)]
             return "\n".join(f"{label}: {k}" for label, k in zip(labels, scores, strict=True))
 
-        servers.append(server := toy_world.ChatServer(answer))
+        servers.append(server := program_judge.ChatServer(answer))
         path = tmp_path / "rows.jsonl"
         if isinstance(data, int):
             path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:data]))

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import openai
+import program_judge
 import pytest
 import toy_world
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +47,7 @@ BUSY = {"error": {"message": "busy"}}
 
 
 # ---- Tools ---------------------------------------------------------------------------------------
-class Handler(toy_world.ChatHandler):
+class Handler(program_judge.ChatHandler):
     """Refuse to list the models, and break down in ways for which HTTP has no status."""
 
     def do_GET(self):
@@ -69,7 +70,7 @@ class Handler(toy_world.ChatHandler):
                 super().reply(status, body)
 
 
-class Server(toy_world.ChatServer):
+class Server(program_judge.ChatServer):
     """A chat server with an answer of its own to the test call at the start of a run."""
 
     def __init__(self, answer, first):
@@ -557,6 +558,7 @@ def test_neither_key_nor_url_stops_with_what_to_set(connect, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody may reach the real OpenAI
     message = message_of(connect, "")
     assert "OPENAI_API_KEY" in message and "--judge-url" in message
+    assert "value_judge.py" in message  # the way to continue without a key
 
 
 def test_a_server_of_your_own_needs_no_key(serve, connect, monkeypatch):

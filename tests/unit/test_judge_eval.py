@@ -5,9 +5,9 @@ import re
 
 import calibrate
 import judge_eval
+import program_judge
 import pytest
 import quotes
-import toy_world
 from conftest import read
 
 import exprl
@@ -53,7 +53,7 @@ def judge_it(tmp_path, no_key, capsys, monkeypatch):
                 return "ready"
             return answer(request)
 
-        server = toy_world.ChatServer(reply)
+        server = program_judge.ChatServer(reply)
         argv = ["--judge-url", server.url, "--judge-model", "j", "--rubric", "none"]
         argv += ["--out", str(tmp_path / "out"), *map(str, flags)]
         classes = [judge_eval.JudgeEvalSettings, quotes.AnyJudgeSettings]

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 
+import program_judge
 import pytest
 import quotes
 import toy_world
@@ -163,7 +164,7 @@ def connect(tmp_path, no_key, monkeypatch):
                 return "ready"
             return answer(messages) if callable(answer) else answer
 
-        server = toy_world.ChatServer(reply)
+        server = program_judge.ChatServer(reply)
         servers.append(server)
         settings = quotes.AnyJudgeSettings(
             judge_model=f"judge {len(servers)}",

@@ -14,6 +14,7 @@ import time
 import weakref
 from dataclasses import fields
 
+import program_judge
 import pytest
 import torch
 import toy_world
@@ -489,7 +490,7 @@ def test_some_verdicts_fail_and_the_run_continues(train, tmp_path):
         is_refused = "## Problem" in shown and sum(shown.encode()) % 3 == 0
         return (400, {}) if is_refused else toy_world.answer(request)
 
-    server = toy_world.ChatServer(answer)
+    server = program_judge.ChatServer(answer)
     run = train(tmp_path / "run", "--judge-url", server.url, "--rubric", "none")
     failed = [r for r in read(run / "rollouts.jsonl") if r["rewards"] is None]
     assert 0 < iterations_of(run)[0]["judge_failed"] <= 0.5
@@ -510,7 +511,7 @@ def test_the_initial_policy_reads_while_the_judge_does(train, tmp_path, monkeypa
         has_read.set()
 
     monkeypatch.setattr(exprl, "add_initial_logprobs", read_and_tell)
-    server = toy_world.ChatServer(answer)
+    server = program_judge.ChatServer(answer)
     run = train(tmp_path / "run", "--iterations", "1", "--judge-url", server.url)
     assert iterations_of(run)[0]["judge_failed"] == 0
 
@@ -624,7 +625,7 @@ def test_a_second_ctrl_c_ends_the_program_at_once(tiny, train, tmp_path):
             go_on.wait(100)
         return toy_world.answer(request)
 
-    server = toy_world.ChatServer(answer)
+    server = program_judge.ChatServer(answer)
     run = tmp_path / "run"
     flags = ["--iterations", "3", "--save-every", "1", "--prompts-per-iteration", "1"]
     command = [sys.executable, str(ROOT / "exprl.py"), *train_command(tiny, server, run, *flags)]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import program_judge
 import pytest
 import torch
 import toy_world
@@ -110,7 +111,7 @@ def test_a_failed_judgement_changes_nothing(tiny, no_key, tmp_path):
         is_refused = texts.index(text) % 4 == 1
         return (400, {"error": {"message": "no"}}) if is_refused else toy_world.answer(request)
 
-    server = toy_world.ChatServer(answer)
+    server = program_judge.ChatServer(answer)
     more = ["--method", "process", "--rubric", "none", "--judge-threads", "1"]
     trainer = trl_example.make_trainer(*settings_of(flags(tiny, server, tmp_path, *more)))
     _, output = sample_with_trl(trainer, 4)

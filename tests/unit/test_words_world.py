@@ -18,7 +18,7 @@ def world(tmp_path_factory):
     """A folder with the four files, smaller than usual."""
     folder = tmp_path_factory.mktemp("words")
     sizes = dict.fromkeys(FILES, 60)
-    words_world.build(folder, seed=0, length=4, base_lengths=[1, 2], sizes=sizes)
+    words_world.build(folder, seed=0, length=4, sizes=sizes)
     return folder
 
 
