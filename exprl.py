@@ -156,7 +156,10 @@ class SamplingSettings(Settings):
     )
     temperature: float = option(0.8, "temperature of sampling; higher explores more (paper: 0.8)")
     max_new_tokens: int = option(512, "length at which a completion is truncated (paper: 16384)")
-    sample_batch: int = option(64, "completions sampled at once; lower it if memory runs out")
+    sample_batch: int = option(
+        64,
+        "completions sampled at once, but at least those of one problem; lower it to save memory",
+    )
     seed: int = option(0, "seed of the sampling and of the choice of problems")
 
 
@@ -360,6 +363,7 @@ def load_policy(name, problems, sampling):
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=ends[0],
+        return_dict_in_generate=True,
     )
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return model.to(device).eval(), tokenizer
@@ -426,19 +430,40 @@ def read_completion(problem, prompt_ids, ids, tokenizer, eos_ids):
 
 @torch.no_grad()
 def sample(model, tokenizer, problems, n, batch_size):
-    """Sample n completions of each problem -> list of completions, problem after problem."""
+    """Sample n completions of each problem -> list of completions, problem after problem.
+
+    The model reads each prompt once, up to its last token. The resulting cache of keys and values
+    is repeated for the n completions. Up to `batch_size` completions are sampled at once, and at
+    least the n completions of one problem. Stops if the model does not sample from
+    softmax(logits / temperature), the distribution that the loss uses.
+    """
     eos_ids = set(model.generation_config.eos_token_id)
     completions = []
-    for batch in chunks([problem for problem in problems for _ in range(n)], batch_size):
+    for batch in chunks(problems, max(1, batch_size // n)):  # B / n problems
         prompts = [policy_prompt(tokenizer, problem["question"]) for problem in batch]
-        prompt_ids, mask = pad(prompts, "left", model.device)  # (B, P)
+        prompt_ids, mask = pad(prompts, "left", model.device)  # (B / n, P)
         with mixed_precision(model):
-            sequences = model.generate(prompt_ids, attention_mask=mask.long())  # (B, P + T)
-        tokens = sequences[:, prompt_ids.shape[1] :]  # (B, T)
-        is_sampled = completion_mask(tokens, eos_ids)  # (B, T)
-        for problem, prompt, row, kept in zip(batch, prompts, tokens, is_sampled):
-            ids = row[kept].tolist()
-            completions.append(read_completion(problem, prompt, ids, tokenizer, eos_ids))
+            start = model.generate(
+                prompt_ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                max_new_tokens=1,
+                output_logits=True,
+                output_scores=True,
+            )
+            # The scores are the logits after everything that `generate` does to them. A top_k or a
+            # penalty of the model that still acts would show here.
+            scores = start.scores[0] * model.generation_config.temperature
+            if not torch.allclose(scores, start.logits[0]):
+                stop("this model samples with a top_k, a penalty or similar: use another --model")
+            start.cache.batch_repeat_interleave(n)  # (B / n, heads, P - 1, d) -> (B, ...)
+            out = model.generate(
+                prompt_ids, attention_mask=mask, num_return_sequences=n, cache=start.cache
+            )
+        tokens = out.sequences[:, prompt_ids.shape[1] :]  # (B, T)
+        for problem, prompt, group in zip(batch, prompts, chunks(tokens, n)):  # (n, T)
+            for row, is_sampled in zip(group, completion_mask(group, eos_ids)):
+                ids = row[is_sampled].tolist()
+                completions.append(read_completion(problem, prompt, ids, tokenizer, eos_ids))
     return completions
 
 
@@ -955,29 +980,6 @@ def stop_on_signal():
 
 
 # ---- Training ------------------------------------------------------------------------------------
-@torch.no_grad()
-def check_sampler(model, prompt_ids):
-    """Stop if `generate` does not sample from the distribution that the loss uses.
-
-    The first token of one prompt shows whether a top_k or a penalty of the model still acts. Its
-    logits depend on the prompt only, and not on the token that was sampled.
-    """
-    prompt = torch.tensor([prompt_ids], device=model.device)  # (1, P)
-    with mixed_precision(model):
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=1,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
-        logits = completion_logits(model, prompt[0], out.sequences[:, -1:])[:, 0]  # (1, V)
-    # The scores are the logits after everything that `generate` does to them.
-    error = out.scores[0] * model.generation_config.temperature - logits
-    if not error.abs().max() < 0.5:  # bf16 is coarse, but a top_k makes the error infinite
-        stop("this model samples with a top_k, a penalty or similar: choose another --model")
-
-
 def log(out, iteration, metrics, completions, verdicts, advantages, group_size):
     """Append an iteration's numbers to metrics.jsonl and its completions to rollouts.jsonl.
 
@@ -1025,7 +1027,6 @@ def train(
     if reward is None:
         reward = check_answers if is_sparse else Judge(judging, training.method, out)
     model, tokenizer = load_policy(training.model, problems, sampling)
-    check_sampler(model, policy_prompt(tokenizer, problems[0]["question"]))
     # The KL penalty refers to --model, so the copy is made before a checkpoint is loaded.
     initial = copy.deepcopy(model).requires_grad_(False) if training.kl else None
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))  # weight decay 0.01

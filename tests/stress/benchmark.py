@@ -8,7 +8,7 @@
 The three systems run by turns, each time in a new process, with the same model, prompts, sizes,
 float32 weights and threads. All completions have exactly --length tokens. Rewards are random, so
 that no judge takes time. The limit is a bare `generate`, followed by bare forward and backward
-passes over the tokens that an iteration needs: each prompt once, and the completions. With a KL
+passes over the tokens that an iteration needs. Both read each prompt once. With a KL
 penalty, the initial policy reads them too. Memory is the peak of the process, or on CUDA the peak
 of the device. It includes the weights and the state of the optimizer.
 """
@@ -105,7 +105,8 @@ def load(settings):
     sampling = exprl.SamplingSettings(temperature=1.0, max_new_tokens=settings.length)
     problem = {"question": "", "reference": "", "answer": "", "domain": "math"}
     model, tokenizer = exprl.load_policy(settings.model, [problem], sampling)
-    model.generation_config.min_new_tokens = settings.length
+    # No token has this id, so that every completion has --length tokens.
+    model.generation_config.eos_token_id = [10**9]
     initial = None
     if settings.kl:
         initial, _ = exprl.load_policy(settings.model, [problem], sampling)
@@ -210,10 +211,12 @@ def run_limit(settings):
     clock = Clock()
     for _ in range(settings.iterations + 1):
         start = time.monotonic()
-        sequences = model.generate(
-            padded, attention_mask=mask.long(), num_return_sequences=settings.group
+        cache = model.generate(padded[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1).cache
+        cache.batch_repeat_interleave(settings.group)
+        out = model.generate(
+            padded, attention_mask=mask, num_return_sequences=settings.group, cache=cache
         )
-        completions = sequences[:, -settings.length :]
+        completions = out.sequences[:, -settings.length :]
         middle = time.monotonic()
         for ids in [*padded[:, None], *completions.split(settings.micro_batch)]:
             if initial:

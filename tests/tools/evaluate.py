@@ -92,7 +92,9 @@ def count_correct(name: str, problems: list[dict], settings: EvalSettings, sampl
     counts = []
     parts = exprl.chunks(problems, max(1, sampling.sample_batch // n))
     for part in tqdm(parts, name, leave=False):
-        completions = exprl.sample(model, tokenizer, part, n, sampling.sample_batch)
+        completions = []
+        for some in exprl.chunks(range(n), sampling.sample_batch):  # one round if n is not larger
+            completions += exprl.sample(model, tokenizer, part, len(some), sampling.sample_batch)
         for group in exprl.chunks(completions, n):
             record = {"model": name, "n": n} | group[0].problem
             record["correct"] = sum(completion.correct for completion in group)

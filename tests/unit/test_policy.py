@@ -1,6 +1,5 @@
 r"""The parts before the judge and the update: problems, answers, prompts, sampling, log-probs."""
 
-import copy
 import datetime
 import json
 import time
@@ -280,10 +279,6 @@ def policy(tiny):
     return load(tiny / "base", temperature=2.0)
 
 
-def check_sampler(model, tokenizer):
-    exprl.check_sampler(model, exprl.policy_prompt(tokenizer, PROBLEM["question"]))
-
-
 def test_the_sampler_draws_from_the_log_probs_that_are_trained(tiny, tmp_path):
     """The checkpoint asks for top_k, top_p and a penalty, and the temperature is not 1."""
     model = AutoModelForCausalLM.from_pretrained(tiny / "base")
@@ -299,7 +294,6 @@ def test_the_sampler_draws_from_the_log_probs_that_are_trained(tiny, tmp_path):
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny / "base").save_pretrained(tmp_path / "base")
     model, tokenizer = load(tmp_path / "base", temperature=2.0, max_new_tokens=1)
-    check_sampler(model, tokenizer)
     torch.manual_seed(0)
     without_answer = PROBLEM | {"answer": ""}  # checking 4,000 answers would take a while
     completions = exprl.sample(model, tokenizer, [without_answer], 4000, 4000)
@@ -316,16 +310,16 @@ def test_the_sampler_draws_from_the_log_probs_that_are_trained(tiny, tmp_path):
 
 def test_a_sampler_that_changes_the_distribution_is_refused(policy):
     model, tokenizer = policy
-    check_sampler(model, tokenizer)
+    exprl.sample(model, tokenizer, [PROBLEM], 2, 2)
     generate = model.generate
     only_two = LogitsProcessorList([TopKLogitsWarper(2)])
     model.generate = lambda *args, **how: generate(*args, logits_processor=only_two, **how)
-    with pytest.raises(SystemExit, match="choose another --model"):
-        check_sampler(model, tokenizer)
+    with pytest.raises(SystemExit, match="use another --model"):
+        exprl.sample(model, tokenizer, [PROBLEM], 2, 2)
     model.generate = generate
     model.generation_config.repetition_penalty = 1.5
-    with pytest.raises(SystemExit, match="choose another --model"):
-        check_sampler(model, tokenizer)
+    with pytest.raises(SystemExit, match="use another --model"):
+        exprl.sample(model, tokenizer, [PROBLEM], 2, 2)
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -347,17 +341,6 @@ def test_completions_end_with_their_eos_token_or_are_truncated(policy):
         assert len(c.steps) == len(c.step_texts)
         assert c.steps[0][0] == 0 and c.steps[-1][1] == len(c.ids)
         assert (c.correct is None) == (c.problem is other)
-
-
-def test_completions_do_not_depend_on_the_prompts_in_their_batch(policy):
-    """Greedy decoding shows that left padding neither shifts positions nor is attended to."""
-    model, tokenizer = policy
-    model.generation_config = copy.deepcopy(model.generation_config)
-    model.generation_config.do_sample = False
-    problems = [PROBLEM | {"question": "29a*3="}, PROBLEM]
-    together = [c.ids for c in exprl.sample(model, tokenizer, problems, 1, 2)]
-    alone = [exprl.sample(model, tokenizer, [problem], 1, 1)[0].ids for problem in problems]
-    assert together == alone
 
 
 # ---- Log-probs -----------------------------------------------------------------------------------
@@ -384,8 +367,41 @@ def random_model(kind):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+KINDS = ["llama", "qwen2", "gemma3", "mistral", "gpt2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_prompts_give_the_completions_of_plain_generate(kind, monkeypatch):
+    """Near temperature 0, neither the padding nor the shared prompts change a completion.
+
+    The prompts are shorter and longer than a window. The first token of one prompt has the id 0,
+    which is also the id of the padding.
+    """
+    model = random_model(kind)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1e-5,
+        top_k=0,
+        max_new_tokens=12,
+        eos_token_id=[39],
+        pad_token_id=39,
+        return_dict_in_generate=True,
+    )
+    prompts = [[0, *torch.randint(40, (length,)).tolist()] for length in (4, 13, 7)]
+    monkeypatch.setattr(exprl, "policy_prompt", lambda tokenizer, question: prompts[question])
+    monkeypatch.setattr(exprl, "read_completion", lambda problem, prompt, ids, *_: (prompt, ids))
+    problems = [{"question": i} for i in range(3)]
+    expected = []
+    for prompt in prompts:
+        sequence = model.generate(torch.tensor([prompt])).sequences[0, len(prompt) :]
+        expected += [(prompt, sequence.tolist())] * 2
+    assert len({tuple(ids) for _, ids in expected}) == 3
+    assert exprl.sample(model, None, problems, 2, 6) == expected
+    assert exprl.sample(model, None, problems, 2, 1) == expected  # one problem after the other
+
+
 @pytest.mark.parametrize("prompt_length", [3, 12])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "mistral", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_log_probs_and_their_gradient_are_those_of_a_plain_forward_pass(kind, prompt_length):
     """Completions of 1, 6 and 14 tokens. Prompt and completions are longer than a window."""
     model = random_model(kind)

@@ -394,10 +394,10 @@ def test_every_forward_pass_is_in_one_region_of_mixed_precision(train, tmp_path,
 
 def test_a_policy_is_freed_and_its_forward_method_is_its_own(tiny):
     """A wrapped forward method would keep the model in a cycle, with its memory on the device."""
-    problems = [{"question": "29a*3="}]
+    problem = {"question": "29a*3=", "answer": ""}
     sampling = exprl.SamplingSettings(max_new_tokens=8)
-    model, tokenizer = exprl.load_policy(str(tiny / "base"), problems, sampling)
-    exprl.check_sampler(model, exprl.policy_prompt(tokenizer, "29a*3="))
+    model, tokenizer = exprl.load_policy(str(tiny / "base"), [problem], sampling)
+    exprl.sample(model, tokenizer, [problem], 2, 2)
     assert "forward" not in vars(model)
     alive = weakref.ref(model)
     gc.disable()
@@ -564,7 +564,7 @@ def test_killed_at_any_moment_and_resumed(train, tmp_path, monkeypatch, uninterr
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         if moment == "sample":
-            patch.setattr(exprl, "completion_mask", killing(exprl.completion_mask, 3))
+            patch.setattr(exprl, "completion_mask", killing(exprl.completion_mask, 5))
         elif moment == "update":
             patch.setattr(exprl, "update", killing(exprl.update, 3, exprl.update))
         elif moment in ("metrics", "rollouts"):  # this file is written, and nothing after it
