@@ -432,9 +432,10 @@ def read_completion(problem, prompt_ids, ids, tokenizer, eos_ids):
 def sample(model, tokenizer, problems, n, batch_size):
     """Sample n completions of each problem -> list of completions, problem after problem.
 
-    The model reads each prompt once, up to its last token. The resulting cache of keys and values
-    is repeated for the n completions. Up to `batch_size` completions are sampled at once, and at
-    least the n completions of one problem. Stops if the model does not sample from
+    The model reads each prompt once. Its cache of keys and values is then repeated for the n
+    completions. The last token of a prompt is not in this cache, because `generate` has to begin
+    with a token that the model has not read yet. Up to `batch_size` completions are sampled at
+    once, but at least the n completions of one problem. Stops if the model does not sample from
     softmax(logits / temperature), the distribution that the loss uses.
     """
     eos_ids = set(model.generation_config.eos_token_id)
@@ -450,8 +451,8 @@ def sample(model, tokenizer, problems, n, batch_size):
                 output_logits=True,
                 output_scores=True,
             )
-            # The scores are the logits after everything that `generate` does to them. A top_k or a
-            # penalty of the model that still acts would show here.
+            # The scores are the logits after everything that `generate` does to them. If a top_k or
+            # a penalty still acts, the scores are not logits / temperature.
             scores = start.scores[0] * model.generation_config.temperature
             if not torch.allclose(scores, start.logits[0]):
                 stop("this model samples with a top_k, a penalty or similar: use another --model")

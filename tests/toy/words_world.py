@@ -2,11 +2,13 @@ r"""Problems in words, for a pretrained language model that learns on a CPU.
 
 A problem has a start value, and each of its operations is a sentence:
 
-    question    Ben has 18 eggs. He loses 7. Then he buys 5 more. The number of eggs doubles. ...
-    completion  ### 18 - 7 = 11\n### 11 + 5 = 16\n### 16 * 2 = 32\n ... ### \boxed{...}
-    reference   ### 18 - 7 + 5 = 16\n ...        two operations per line, as people skip steps
+    question    Ben has 5 eggs. He buys 7 more. He finds 4 more. The number of eggs doubles. ...
+    completion  ### 5 + 7 = 12\n### 12 + 4 = 16\n### 16 * 2 = 32\n ... ### \boxed{...}
+    reference   ### 5 + 7 + 4 = 16\n ...         two operations per line, as people skip steps
 
-All values lie between 1 and 40. This program writes four files into FOLDER:
+The number only grows, up to 60. SmolLM2-135M adds and multiplies small numbers well, but it often
+subtracts wrongly, and the problems should be hard because they are long. This program writes four
+files into FOLDER:
 
     base.jsonl     short problems (1 or 2 operations). Their references do one operation per line.
                    SFT on them shows a language model the form of a solution.
@@ -36,53 +38,38 @@ SENTENCES = {  # several sentences for each operation; the first word may be a p
         "a friend gives {name} {n} {items}.",
         "{he} wins {n} {items} in a game.",
     ],
-    "-": [
-        "{he} loses {n}.",
-        "{he} sells {n} of the {items}.",
-        "{he} gives {n} {items} to a friend.",
-        "{n} of the {items} break.",
-    ],
     "* 2": ["the number of {items} doubles.", "{he} gets twice as many {items} as before."],
     "* 3": ["the number of {items} triples.", "{he} gets three times as many {items} as before."],
-    "/ 2": ["{he} gives away half of the {items}.", "half of the {items} are lost."],
 }
-LARGEST = 40
-BASE_LENGTHS = (1, 2)  # operations of the short problems
+OPERATIONS = ("+", "+", "* 2", "* 3")  # half of them are additions
+LARGEST = 60
+BASE_LENGTHS = (1, 2, 2)  # operations of the short problems
 
 
-def apply(operation: str, value: int) -> int | None:
-    """Apply an operation such as "- 7" to a value. None: the result is not a whole number 1..40.
+def apply(operation: str, value: int) -> int:
+    """Apply an operation to a value.
 
-    >>> apply("- 7", 18), apply("* 3", 20), apply("/ 2", 7)
-    (11, None, None)
+    >>> apply("+ 7", 18), apply("* 3", 20)
+    (25, 60)
     """
-    sign, number = operation[0], int(operation[2:])
-    if sign == "/" and value % number:
-        return None
-    result = {
-        "+": value + number,
-        "-": value - number,
-        "*": value * number,
-        "/": value // number,
-    }[sign]
-    return result if 1 <= result <= LARGEST else None
+    sign, number = operation.split()
+    return value + int(number) if sign == "+" else value * int(number)
 
 
 def draw_operations(rng: random.Random, length: int) -> list[int | str]:
-    """Draw a start value and operations -> [18, "- 7", "* 2"].
-
-    All values lie in 1..40. No two of them are equal, so that no story reaches its answer early.
-    """
-    values, operations = [rng.randrange(3, 31)], []
-    while len(operations) < length:
-        operation = rng.choice(list(SENTENCES))
-        if operation in "+-":
-            operation += f" {rng.randrange(2, 10)}"
-        result = apply(operation, values[-1])
-        if result is not None and result not in values:
-            operations.append(operation)
-            values.append(result)
-    return [values[0], *operations]
+    """Draw a start value and operations, so that no value exceeds 60 -> [18, "+ 7", "* 2"]."""
+    while True:
+        start = value = rng.randrange(2, 21)
+        operations = []
+        while len(operations) < length and value <= LARGEST - 9:  # any addition fits
+            operation = rng.choice(OPERATIONS)
+            if operation == "+":
+                operation += f" {rng.randrange(2, 10)}"
+            if apply(operation, value) <= LARGEST:
+                operations.append(operation)
+                value = apply(operation, value)
+        if len(operations) == length:
+            return [start, *operations]
 
 
 def write_question(rng: random.Random, start: int, operations: list[str]) -> str:
@@ -101,16 +88,16 @@ def write_question(rng: random.Random, start: int, operations: list[str]) -> str
 def write_solution(start: int, operations: list[str], per_line: int) -> str:
     r"""Write a solution with up to `per_line` operations on each line.
 
-    >>> print(write_solution(18, ["- 7", "* 2", "+ 1"], per_line=2))
-    ### (18 - 7) * 2 = 22
-    ### 22 + 1 = 23
-    ### \boxed{23}
+    >>> print(write_solution(4, ["+ 7", "* 2", "+ 5"], per_line=2))
+    ### (4 + 7) * 2 = 22
+    ### 22 + 5 = 27
+    ### \boxed{27}
     """
     lines, value = [], start
     for first in range(0, len(operations), per_line):
         expression = str(value)
         for operation in operations[first : first + per_line]:
-            if operation[0] in "*/" and {*expression} & {*"+-"}:
+            if operation[0] == "*" and "+" in expression:
                 expression = f"({expression})"
             expression += f" {operation}"
             value = apply(operation, value)
@@ -150,11 +137,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(  # there are not enough problems of 1 operation, nor values for 40
-        "--length", type=int, default=4, choices=range(2, 11), help="operations of a problem"
+    parser.add_argument(  # few problems have one operation, and 60 is too small for ten
+        "--length", type=int, default=4, choices=range(2, 10), help="operations of a problem"
     )
     args = parser.parse_args()
-    sizes = {"base": 512, "train": 512, "valid": 100, "heldout": 200}
+    sizes = {"base": 384, "train": 512, "valid": 100, "heldout": 200}
     build(args.folder, args.seed, args.length, sizes)
 
 
