@@ -49,9 +49,9 @@ if [ "$what" = toy ] || [ "$what" = compare ]; then
     --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${settings[*]}" --sampling="${sampling[*]}"
 elif [ "$what" = words ]; then
   runs=${RUNS:-runs/words} stage1=${STAGE1:-50} stage2=${STAGE2:-30} base=$runs/warm-up/final problems=$runs/train.jsonl
-  seed=${SEED:-0}
+  seed=${SEED:-0} PROBLEMS=${PROBLEMS:-100}
   sampling=(--temperature 1 --max-new-tokens 72 --sample-batch 64 --seed "$seed")
-  settings=(--prompts-per-iteration 4 --process-norm group --lr 2e-5 --kl 0.02 --micro-batch 8)
+  settings=(--prompts-per-iteration 4 --process-norm end --lr 3e-5 --kl 0.02 --micro-batch 8)
   settings+=(--save-every 10 --judge-model value-judge)
   unset OPENAI_API_KEY OPENAI_BASE_URL
 else
@@ -78,7 +78,7 @@ elif [ "$what" = words ]; then
   heading "problems in words, and a base model that knows the form of a solution ($runs); some hours in all on 2 cores"
   [ -f "$runs/heldout.jsonl" ] || "$python" tests/toy/words_world.py "$runs" --length "${LENGTH:-4}" --seed "$seed"
   [ -d "$base" ] || "$python" tests/tools/baselines.py --method sft --model "${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}" \
-    --data "$runs/base.jsonl" --out "$runs/warm-up" --iterations "${WARM_UP:-24}" --prompts-per-iteration 16 --lr 1e-4 --seed "$seed" --resume
+    --data "$runs/base.jsonl" --out "$runs/warm-up" --iterations "${WARM_UP:-16}" --prompts-per-iteration 16 --lr 1e-4 --seed "$seed" --resume
   start_judge tests/tools/value_judge.py --port 0
   # Two runs at the same time, with half of the cores each, are faster than one after the other.
   OMP_NUM_THREADS=$("$python" -c 'import os; print(max(1, os.cpu_count() // 2))') && export OMP_NUM_THREADS
