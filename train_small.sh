@@ -51,7 +51,7 @@ elif [ "$what" = words ]; then
   runs=${RUNS:-runs/words} stage1=${STAGE1:-50} stage2=${STAGE2:-30} base=$runs/warm-up/final problems=$runs/train.jsonl
   seed=${SEED:-0} PROBLEMS=${PROBLEMS:-100}
   sampling=(--temperature 1 --max-new-tokens 72 --sample-batch 64 --seed "$seed")
-  settings=(--prompts-per-iteration 4 --process-norm end --lr 3e-5 --kl 0.02 --micro-batch 8)
+  settings=(--prompts-per-iteration 4 --process-norm group --lr 3e-5 --kl 0.1 --micro-batch 8)
   settings+=(--save-every 10 --judge-model value-judge)
   unset OPENAI_API_KEY OPENAI_BASE_URL
 else
