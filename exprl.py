@@ -363,7 +363,6 @@ def load_policy(name, problems, sampling):
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=ends[0],
-        return_dict_in_generate=True,
     )
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return model.to(device).eval(), tokenizer
@@ -448,6 +447,7 @@ def sample(model, tokenizer, problems, n, batch_size):
                 prompt_ids[:, :-1],
                 attention_mask=mask[:, :-1],
                 max_new_tokens=1,
+                return_dict_in_generate=True,
                 output_logits=True,
                 output_scores=True,
             )
@@ -457,10 +457,10 @@ def sample(model, tokenizer, problems, n, batch_size):
             if not torch.allclose(scores, start.logits[0]):
                 stop("this model samples with a top_k, a penalty or similar: use another --model")
             start.cache.batch_repeat_interleave(n)  # (B / n, heads, P - 1, d) -> (B, ...)
-            out = model.generate(
+            sequences = model.generate(
                 prompt_ids, attention_mask=mask, num_return_sequences=n, cache=start.cache
             )
-        tokens = out.sequences[:, prompt_ids.shape[1] :]  # (B, T)
+        tokens = sequences[:, prompt_ids.shape[1] :]  # (B, T)
         for problem, prompt, group in zip(batch, prompts, chunks(tokens, n)):  # (n, T)
             for row, is_sampled in zip(group, completion_mask(group, eos_ids)):
                 ids = row[is_sampled].tolist()

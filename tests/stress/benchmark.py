@@ -211,12 +211,17 @@ def run_limit(settings):
     clock = Clock()
     for _ in range(settings.iterations + 1):
         start = time.monotonic()
-        cache = model.generate(padded[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1).cache
-        cache.batch_repeat_interleave(settings.group)
-        out = model.generate(
-            padded, attention_mask=mask, num_return_sequences=settings.group, cache=cache
+        begun = model.generate(
+            padded[:, :-1],
+            attention_mask=mask[:, :-1],
+            max_new_tokens=1,
+            return_dict_in_generate=True,
         )
-        completions = out.sequences[:, -settings.length :]
+        begun.cache.batch_repeat_interleave(settings.group)
+        sequences = model.generate(
+            padded, attention_mask=mask, num_return_sequences=settings.group, cache=begun.cache
+        )
+        completions = sequences[:, -settings.length :]
         middle = time.monotonic()
         for ids in [*padded[:, None], *completions.split(settings.micro_batch)]:
             if initial:

@@ -385,7 +385,6 @@ def test_shared_prompts_give_the_completions_of_plain_generate(kind, monkeypatch
         max_new_tokens=12,
         eos_token_id=[39],
         pad_token_id=39,
-        return_dict_in_generate=True,
     )
     prompts = [[0, *torch.randint(40, (length,)).tolist()] for length in (4, 13, 7)]
     monkeypatch.setattr(exprl, "policy_prompt", lambda tokenizer, question: prompts[question])
@@ -393,7 +392,7 @@ def test_shared_prompts_give_the_completions_of_plain_generate(kind, monkeypatch
     problems = [{"question": i} for i in range(3)]
     expected = []
     for prompt in prompts:
-        sequence = model.generate(torch.tensor([prompt])).sequences[0, len(prompt) :]
+        sequence = model.generate(torch.tensor([prompt]))[0, len(prompt) :]
         expected += [(prompt, sequence.tolist())] * 2
     assert len({tuple(ids) for _, ids in expected}) == 3
     assert exprl.sample(model, None, problems, 2, 6) == expected
