@@ -70,7 +70,7 @@ if command -v flock >/dev/null; then
 fi
 
 if [ "$what" = toy ]; then
-  heading "toy world: problems and base model ($runs); about 5 minutes in all on 2 cores"
+  heading "toy world: problems and base model ($runs); 5 to 6 minutes in all on 2 cores"
   [ -d "$base" ] || OMP_NUM_THREADS=2 "$python" tests/toy/toy_world.py build "$runs" \
     --steps "${BASE_STEPS:-1000}" --length "$length"
   start_judge tests/toy/toy_world.py judge

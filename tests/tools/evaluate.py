@@ -93,7 +93,7 @@ def count_correct(name: str, problems: list[dict], settings: EvalSettings, sampl
     parts = exprl.chunks(problems, max(1, sampling.sample_batch // n))
     for part in tqdm(parts, name, leave=False):
         completions = []
-        for some in exprl.chunks(range(n), sampling.sample_batch):  # one round if n is not larger
+        for some in exprl.chunks(range(n), sampling.sample_batch):  # several only if n is larger
             completions += exprl.sample(model, tokenizer, part, len(some), sampling.sample_batch)
         for group in exprl.chunks(completions, n):
             record = {"model": name, "n": n} | group[0].problem
