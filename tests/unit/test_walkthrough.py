@@ -1,8 +1,11 @@
 """What a newcomer does: the first command of the README, and a toy run that has to learn."""
 
 import json
+import os
 import re
+import signal
 import subprocess
+import threading
 from pathlib import Path
 from statistics import fmean
 
@@ -67,6 +70,27 @@ def test_the_stages_of_the_walk_follow_each_other(walk):
     }
 
 
+def start_and_kill(arguments, environment, heading):
+    """Start train_small.sh and kill it with its children at a heading. Return the output so far."""
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "train_small.sh"), *arguments], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    timer = threading.Timer(400, os.killpg, [process.pid, signal.SIGKILL])
+    timer.start()
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(f"== {heading}"):
+            break
+    else:
+        pytest.fail("".join(lines)[-2000:])
+    timer.cancel()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    return "".join(lines)
+
+
 @pytest.mark.stress
 def test_the_recipe_on_a_model_of_ones_own(tiny, judge, tmp_path):
     """bash train_small.sh MODEL finds the hard problems first, and the judge is the user's."""
@@ -75,16 +99,14 @@ def test_the_recipe_on_a_model_of_ones_own(tiny, judge, tmp_path):
         TRAIN=str(tiny / "train.jsonl"), HELD_OUT=str(tiny / "heldout.jsonl"), PROBLEMS="4",
         JUDGE_URL=judge.url, JUDGE_MODEL="toy-judge",
     )  # fmt: skip
-    command = ["bash", str(ROOT / "train_small.sh"), str(tiny / "base")]
-    done = subprocess.run(
-        command, env=few, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    output = start_and_kill([str(tiny / "base")], few, "3/4")
     hard = {record["question"] for record in read(tmp_path / "runs" / "hard.jsonl")}
     rollouts = read(tmp_path / "runs" / "process" / "rollouts.jsonl")
     trained = {record["problem"]["question"] for record in rollouts}
     assert trained <= hard and len(trained) == 8
-    assert "sparse-only/final" in done.stdout.split("pass@1")[-1]
+    assert f"the {len(hard)} problems that {tiny / 'base'} never solves" in output
+    stage2 = json.loads((tmp_path / "runs" / "process-then-sparse" / "settings.json").read_text())
+    assert stage2["no_std"] and stage2["kl"] == 0  # the paper's stage 2
 
 
 def write_random_model(folder):
@@ -104,24 +126,29 @@ def write_random_model(folder):
 
 @pytest.mark.stress
 def test_the_problems_in_words(tmp_path):
-    """bash train_small.sh words goes from the warm-up to the table, and continues if repeated."""
+    """bash train_small.sh words continues after a kill, and ends with its table."""
     write_random_model(tmp_path / "model")
     runs = tmp_path / "runs"
     few = surroundings(
         RUNS=str(runs), MODEL=str(tmp_path / "model"), WARM_UP="1", STAGE1="1", STAGE2="1",
         PROBLEMS="2",
     )  # fmt: skip
-    command = ["bash", str(ROOT / "train_small.sh"), "words"]
-    for _ in range(2):
-        done = subprocess.run(
-            command, env=few, capture_output=True, text=True, timeout=500, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        table = done.stdout.split("pass@1")[-1]
-        for model in ["warm-up/final", *MODELS[1:]]:
-            assert re.search(rf"runs/{model} +2 x 8 +\d+\.\d \[\d+\.\d, \d+\.\d\]", table), model
-    for name, n in (("warm-up", 1), ("process", 1), ("process-then-sparse", 1), ("sparse-only", 2)):
-        assert len(read(runs / name / "metrics.jsonl")) == n  # the repetition trained nothing
+    start_and_kill(["words"], few, "2/4")
+    done = subprocess.run(
+        ["bash", str(ROOT / "train_small.sh"), "words"],
+        env=few, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = done.stdout.split("pass@1")[-1]
+    for model in ["warm-up/final", *MODELS[1:]]:
+        assert re.search(rf"runs/{model} +2 x 8 +\d+\.\d \[\d+\.\d, \d+\.\d\]", table), model
+    iterations = {
+        name: [record["iteration"] for record in read(runs / name / "metrics.jsonl")]
+        for name in ("warm-up", "process", "process-then-sparse", "sparse-only")
+    }
+    control = iterations.pop("sparse-only")
+    assert set(control) == {1, 2}  # the kill may have come before its first checkpoint
+    assert list(iterations.values()) == [[1], [1], [1]]  # the others were done once
     assert (runs / "report.html").stat().st_size > 0
     judged = read(runs / "process" / "rollouts.jsonl")
     assert all(record["rewards"] for record in judged)
