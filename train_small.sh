@@ -35,7 +35,7 @@ start_judge() {  # a judge that is a program: it runs until this script ends
   held_out=(--data "$runs/heldout.jsonl" --problems "${PROBLEMS:-0}" --samples 8 --out "$runs/eval")
 }
 
-sparse=(--method sparse)
+process=(--method process) sparse=(--method sparse)
 if [ "$what" = toy ] || [ "$what" = compare ]; then
   runs=${RUNS:-runs/toy} stage1=${STAGE1:-80} stage2=${STAGE2:-40} base=$runs/base problems=$runs/train.jsonl
   length=${LENGTH:-6}
@@ -48,11 +48,11 @@ if [ "$what" = toy ] || [ "$what" = compare ]; then
     --stage1 "${STAGE1:-120}" --stage2 "${STAGE2:-60}" --base-steps "${BASE_STEPS:-1000}" \
     --length "$length" --problems "${PROBLEMS:-0}" --systems "${SYSTEMS:-}" --train="${settings[*]}" --sampling="${sampling[*]}"
 elif [ "$what" = words ]; then
-  runs=${RUNS:-runs/words} stage1=${STAGE1:-50} stage2=${STAGE2:-30} base=$runs/warm-up/final problems=$runs/train.jsonl
+  runs=${RUNS:-runs/words} stage1=${STAGE1:-40} stage2=${STAGE2:-40} base=$runs/warm-up/final problems=$runs/train.jsonl
   seed=${SEED:-0} PROBLEMS=${PROBLEMS:-100}
   sampling=(--temperature 1 --max-new-tokens 72 --sample-batch 64 --seed "$seed")
-  settings=(--prompts-per-iteration 4 --process-norm group --lr 3e-5 --kl 0.1 --micro-batch 8)
-  settings+=(--save-every 10 --judge-model value-judge)
+  process+=(--process-norm group --lr 3e-5) sparse+=(--lr 1e-5)
+  settings=(--prompts-per-iteration 4 --kl 0.02 --micro-batch 8 --save-every 10 --judge-model value-judge)
   unset OPENAI_API_KEY OPENAI_BASE_URL
 else
   runs=${RUNS:-runs/$(basename "$what")} stage1=${STAGE1:-200} stage2=${STAGE2:-100} base=$what
@@ -99,7 +99,7 @@ if [ "$has_program_judge" ]; then  # the second core has nothing else to do
   in_background="$in_background $control_process"
 fi
 heading "1/4 stage 1: ExpRL-Process, $stage1 iterations. The judge reads the references, the policy does not"
-train --method process --model "$base" --out "$runs/process" --iterations "$stage1" "${judge[@]}"
+train "${process[@]}" --model "$base" --out "$runs/process" --iterations "$stage1" "${judge[@]}"
 heading "2/4 stage 2: sparse reward, $stage2 iterations, from the model of stage 1"
 train "${sparse[@]}" --model "$runs/process/final" --out "$runs/process-then-sparse" --iterations "$stage2"
 heading "3/4 the control: sparse reward from the base model, $((stage1 + stage2)) iterations"
