@@ -695,6 +695,9 @@ def step_advantages(step_rewards, norm):
     steps differ in length, so this is not exact.) In the paper's released code a completion of one
     step gets A = s_1 under delta, which rewards a policy for not writing steps. Here it gets 0.
 
+    Under end, a step before the last one gains only if it is better than the last: [1, 1, 0] ->
+    [1, 1, 0], but [1, 1, 1] -> [0, 0, 1]. This can draw a policy to answers that come too early.
+
     Delta does not compare completions with each other. A larger group raises the chance that some
     attempts at a hard problem contain both good and bad steps.
 

@@ -51,7 +51,8 @@ elif [ "$what" = words ]; then
   runs=${RUNS:-runs/words} stage1=${STAGE1:-40} stage2=${STAGE2:-40} base=$runs/warm-up/final problems=$runs/train.jsonl
   seed=${SEED:-0} PROBLEMS=${PROBLEMS:-100}
   sampling=(--temperature 1 --max-new-tokens 72 --sample-batch 64 --seed "$seed")
-  process+=(--process-norm group --lr 3e-5) sparse+=(--lr 1e-5)
+  process+=(--process-norm group --lr 3e-5)
+  sparse+=(--lr 1e-5)  # at 3e-5, stage 2 lost what stage 1 had learned
   settings=(--prompts-per-iteration 4 --kl 0.02 --micro-batch 8 --save-every 10 --judge-model value-judge)
   unset OPENAI_API_KEY OPENAI_BASE_URL
 else
