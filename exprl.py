@@ -74,7 +74,6 @@ from typing import Literal
 
 import openai
 import torch
-from datasets import load_dataset
 from math_verify import parse, verify
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -265,6 +264,8 @@ def load_problems(source, split, needed):
         if source.endswith(".jsonl"):
             records = map(json.loads, Path(source).read_text("utf-8-sig").strip().split("\n"))
         else:
+            from datasets import load_dataset  # here, since the import takes a second
+
             name, _, config = DATASETS.get(source, source).partition(":")
             records = load_dataset(name, config or None, split=split)
     except Exception as error:  # the hub's errors do not have a common base class

@@ -6,8 +6,6 @@ The grader and the program in the sandbox both use this file.
 import os
 from types import SimpleNamespace
 
-import torch
-
 
 def preload():
     """Import what takes seconds, so that it does not count as the time of a function."""
@@ -19,31 +17,35 @@ if os.path.exists("exprl.py"):  # in the sandbox, if there is a function that ne
     preload()
 
 
-class Bigram(torch.nn.Module):
-    """A model whose logits depend only on the current token: row t of `table` follows token t.
+def bigram(content):
+    """Return a model whose logits depend only on the current token: row t of its table follows t.
 
     Its cache remembers how many rows and tokens the model has read, and nothing else. A cache with
     another number of rows than `input_ids` is an error, as it is for a transformer.
     """
+    import torch
+    from transformers import DynamicCache
 
-    def __init__(self, table):
-        super().__init__()
-        self.table = torch.nn.Parameter(table)
+    class Bigram(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.tensor(content))
 
-    def __repr__(self):
-        return f"a model whose logits after token t are row t of {self.table.tolist()}"
+        def __repr__(self):
+            return f"a model whose logits after token t are row t of {self.table.tolist()}"
 
-    def forward(self, input_ids, cache=None, use_cache=None, logits_to_keep=0, **_):
-        from transformers import DynamicCache
+        def forward(self, input_ids, cache=None, use_cache=None, logits_to_keep=0, **_):
+            cache = DynamicCache() if cache is None else cache
+            read = torch.zeros(*input_ids.shape, 1)[:, None]  # (B, 1, T, 1) for a head of size 1
+            cache.update(read, read, 0)
+            return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:], cache=cache)
 
-        cache = DynamicCache() if cache is None else cache
-        read = torch.zeros(*input_ids.shape, 1)[:, None]  # (B, 1, T, 1) for a head of size 1
-        cache.update(read, read, 0)
-        return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:], cache=cache)
+    return Bigram()
 
 
 def transformer(name, seed):
     """Return a random transformer. Llama's positions are relative, GPT-2's are absolute."""
+    import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     if name == "Llama":
@@ -66,7 +68,7 @@ def make_model(name, content):
     Its attribute `spec` holds these two arguments, so that another process can make it again.
     """
     if "bigram" in name:
-        model = Bigram(torch.tensor(content))
+        model = bigram(content)
         model = model.bfloat16() if "bfloat16" in name else model
     else:
         model = transformer(name, content)
@@ -80,6 +82,8 @@ def gradients(out, args):
     They are taken by the tensors among the arguments that require gradients, and by the parameters
     of a model among the arguments.
     """
+    import torch
+
     leaves = [arg for arg in args if getattr(arg, "requires_grad", False)]
     for arg in args:
         leaves += arg.parameters() if isinstance(arg, torch.nn.Module) else []

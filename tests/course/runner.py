@@ -3,7 +3,8 @@
 sandbox.py starts it in a folder with a copy of the submission's graded files. The two programs
 exchange JSON, one line per message, over a socket that is this program's standard input. The grader
 sends arguments, and this program sends back what the function returns. It never sees what is due.
-sandbox.py also uses `encode` and `decode`.
+sandbox.py also uses `encode` and `decode`. This program imports torch only for a tensor: the import
+takes seconds, and judge_prompts.py does not need it.
 """
 
 import importlib
@@ -15,16 +16,15 @@ import traceback
 from unittest.mock import MagicMock
 
 import models
-import torch
 
 
 # ---- Values as JSON ------------------------------------------------------------------------------
 def encode(value):
     """Return a value as JSON can hold it. Tuples become lists. Other objects become their type."""
-    if isinstance(value, torch.Tensor):
+    if hasattr(value, "requires_grad"):
         return {"tensor": value.tolist(), "type": value.type(), "grad": value.requires_grad}
-    if isinstance(value, torch.nn.Module):
-        return {"model": getattr(value, "spec", None), "training": value.training}
+    if hasattr(value, "spec"):
+        return {"model": value.spec, "training": value.training}
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
     if isinstance(value, set):
@@ -50,6 +50,8 @@ def decode(data, depth=6, make_model=None):
     if not isinstance(data, dict):
         return data
     if "tensor" in data:
+        import torch
+
         numbers = decode(data["tensor"], depth - 1)  # at most 5 dimensions
         tensor = torch.tensor(numbers, dtype=torch.double)
         return tensor.type(data["type"]).requires_grad_(data["grad"])
@@ -100,7 +102,7 @@ def main():
     channel = socket.socket(fileno=os.dup(0)).makefile("rw", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     # No graded function needs these packages, which take seconds to import. Stand-ins take none.
-    sys.modules |= {name: MagicMock() for name in ("datasets", "math_verify", "openai")}
+    sys.modules |= {name: MagicMock() for name in ("math_verify", "openai")}
     sys.path.append("tests/tools")
     print("{}", file=channel, flush=True)
     for line in channel:

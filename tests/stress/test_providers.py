@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 
 import faults
@@ -81,8 +82,8 @@ class Provider(faults.Server):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return faults.World(tmp_path_factory.mktemp("providers"))
+def world(base, tmp_path_factory):
+    return faults.World(shutil.copytree(base, tmp_path_factory.mktemp("providers") / "world"))
 
 
 def lines(file):

@@ -1,5 +1,7 @@
 """What the tests share: a small toy world, its judge on a real HTTP server, and a way to train."""
 
+import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -29,10 +31,18 @@ SMALL = [
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A toy world of 24 problems. Its base model knows the form and is sometimes correct."""
-    folder = tmp_path_factory.mktemp("tiny")
-    toy_world.build(folder, seed=0, steps=250, n_train=24, n_held_out=64)
+def tiny(request):
+    """A toy world of 24 problems. Its base model knows the form and is sometimes correct.
+
+    It takes half a minute to make, so it stays in .pytest_cache until toy_world.py changes.
+    """
+    version = hashlib.sha256(Path(toy_world.__file__).read_bytes()).hexdigest()[:12]
+    folder = request.config.cache.mkdir(f"toy-world-{version}")
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another pytest may be making it
+        if not (folder / "finished").exists():
+            toy_world.build(folder, seed=0, steps=250, n_train=24, n_held_out=64)
+            (folder / "finished").touch()
     return folder
 
 

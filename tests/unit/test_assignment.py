@@ -135,7 +135,8 @@ def test_only_some_functions_are_taken_out(tmp_path):
     assert "## Write (12 points)" in page and "`pass_at_k`" not in page
 
 
-def test_bad_input_gets_one_line(tmp_path):
+def test_bad_input_gets_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "why_no_sandbox", lambda folders: "")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "work.py").write_text("mine")
     full, bad = str(tmp_path / "full"), tmp_path / "bad"
@@ -176,15 +177,14 @@ def test_the_solved_folder_trains_on_the_toy_world(handed_out, tiny, judge, tmp_
 
 # ---- Grading -------------------------------------------------------------------------------------
 MAIN = 'if __name__ == "__main__"'
-MISTAKES = {  # name: (file, code at its end, function, what the student reads)
-    "input": ("exprl.py", "n = int(input('How many? '))", "pass_at_k", f"EOFError.*{MAIN}"),
-    "path": ("judge_prompts.py", "open('README.md')", "fence", f"README.md.*line.*{MAIN}"),
-    "log": ("exprl.py", "open('debug.log', 'w')", "step_advantages", f"debug.log.*{MAIN}"),
-    "helpers": ("exprl.py", "import my_helpers", "policy_loss", "my_helpers.*graded files"),
-    "syntax": ("exprl.py", "def f(:", "reverse_kl", "exprl.py, line [0-9]+"),
-    "endless": ("exprl.py", "while True: pass", "pass_at_k", "imported. It took more than 5 sec"),
-    "exit": ("exprl.py", "raise SystemExit('bye')", "completion_mask", "imported. SystemExit: bye"),
-    "no-sandbox": ("judge_prompts.py", "", "fence", "^$"),
+MISTAKES = {  # name: (code at the end of judge_prompts.py, what the student reads)
+    "input": ("n = int(input('How many? '))", f"EOFError.*{MAIN}"),
+    "path": ("open('README.md')", f"README.md.*line.*{MAIN}"),
+    "log": ("open('debug.log', 'w')", f"debug.log.*{MAIN}"),
+    "helpers": ("import my_helpers", "my_helpers.*graded files"),
+    "syntax": ("def f(:", "judge_prompts.py, line [0-9]+"),
+    "endless": ("while True: pass", "imported. It took more than 5 seconds"),
+    "exit": ("raise SystemExit('bye')", "imported. SystemExit: bye"),
 }
 
 
@@ -195,8 +195,23 @@ def bwrap():
         pytest.skip(f"the attacks are not tried: {reason}")
 
 
+def read_details(out):
+    """Return the rows of details.csv, by student and function."""
+    rows = {}
+    with (out / "details.csv").open(encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            rows.setdefault(row["student"], {})[row["function"]] = row
+    return rows
+
+
+def grade_here(folders, out, *flags):
+    """Run the grader in this process, which has already imported all it needs. Return the rows."""
+    assignment.main(["grade", *map(str, folders), "--out", str(out), *flags])
+    return read_details(out)
+
+
 def run_grader(folders, out, *flags, timeout=1700, **secrets):
-    """Run the grader as a teacher would. Return the process and the rows, by student."""
+    """Run the grader as a teacher would. Return the process and the rows."""
     command = [sys.executable, assignment.__file__, "grade", *folders, "--out", out, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | secrets
     done = subprocess.run(
@@ -204,11 +219,7 @@ def run_grader(folders, out, *flags, timeout=1700, **secrets):
         cwd=out.parent, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {}
-    with (out / "details.csv").open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            rows.setdefault(row["student"], {})[row["function"]] = row
-    return done, rows
+    return done, read_details(out)
 
 
 def points(of_student):
@@ -226,30 +237,33 @@ def graded(bwrap, handed_out, tmp_path_factory):
     with (solved / "exprl.py").open("a") as file:
         file.write("\nprint('1 failed', flush=True)\nsys.stderr.write('error' * 99999)\n")
     shutil.copytree(handed_out, folder / "blank")
-    shutil.copytree(solved, folder / "below" / "my work")
     shutil.copytree(solved, folder / "half")
     (folder / "half" / "judge_prompts.py").unlink()
-    shutil.copytree(solved, folder / "hangs")
+    hangs = shutil.copytree(solved, folder / "hangs" / "one folder below")
     hanging = (
         (solved / "exprl.py").read_text().replace("    known = [", "    while True: pass\n#", 1)
     )
-    (folder / "hangs" / "exprl.py").write_text(hanging)
-    for name, (file, code, _, _) in MISTAKES.items():
-        shutil.copytree(solved, folder / name)
-        with (folder / name / file).open("a") as opened:
-            opened.write(f"\n{code}\n")
+    (hangs / "exprl.py").write_text(hanging)
     (folder / "stray.zip").write_text("not a folder")
-    folders = [path for path in sorted(folder.iterdir()) if path.name != "no-sandbox"]
-    done, rows = run_grader(folders, folder / "out", "--seconds", "5")
-    run_grader([folder / "no-sandbox"], folder / "out", "--no-sandbox")  # it adds to the tables
-    _, rows = run_grader([folder / "blank"], folder / "out")  # which is skipped
+    folders = sorted(folder.iterdir())
+    out, fence = folder / "out", ["--only", "fence"]
+    done, _ = run_grader(folders, out, "--seconds", "5")
+    correct = (solved / "judge_prompts.py").read_text()
+    for name, (code, _) in MISTAKES.items():
+        (folder / name).mkdir()
+        (folder / name / "judge_prompts.py").write_text(f"{correct}\n{code}\n")
+    mistakes = [folder / name for name in MISTAKES]
+    grade_here(mistakes, out, *fence, "--seconds", "5")  # it adds to the tables
+    shutil.copytree(solved, folder / "no-sandbox")
+    more = [folder / "no-sandbox", folder / "blank"]  # the last one is skipped
+    rows = grade_here(more, out, *fence, "--no-sandbox")
     return done, rows, folder
 
 
 @pytest.mark.stress
 def test_the_stub_gets_nothing_and_the_solution_everything(graded):
     done, rows, _ = graded
-    assert points(rows["solved"]) == points(rows["below"]) == points(rows["no-sandbox"]) == FULL
+    assert points(rows["solved"]) == FULL and points(rows["no-sandbox"]) == {"fence": 4}
     assert set(points(rows["blank"]).values()) == {0}
     assert all(row["failed"] == "It is not written yet." for row in rows["blank"].values())
     assert "solved: 80 of 80 points" in done.stdout and "stray.zip is not a folder" in done.stdout
@@ -273,8 +287,7 @@ def test_a_file_that_is_missing_costs_its_own_functions_and_those_that_import_it
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_student_reads_what_to_change(graded, name):
     _, rows, _ = graded
-    _, _, function, words = MISTAKES[name]
-    assert re.search(words, rows[name][function]["failed"])
+    assert re.search(MISTAKES[name][1], rows[name]["fence"]["failed"])
 
 
 @pytest.mark.stress
@@ -289,15 +302,16 @@ def test_the_tables_and_the_feedback_agree(graded):
         assert {name: int(totals[student][name]) for name in expected} == expected
         assert int(totals[student]["total"]) == sum(expected.values())
         feedback = (folder / "out" / "feedback" / f"{student}.txt").read_text()
-        assert feedback.startswith(f"{student}: {sum(expected.values())} of 80 points\n")
+        due = sum(FULL[name] for name in expected)
+        assert feedback.startswith(f"{student}: {sum(expected.values())} of {due} points\n")
         assert all(row["failed"] in feedback for row in of_student.values())
-    assert len({row["seed"] for of in rows.values() for row in of.values()}) == 2  # random seeds
+    assert len({row["seed"] for of in rows.values() for row in of.values()}) == 3  # random seeds
 
 
 @pytest.mark.stress
 def test_a_class_of_wrong_functions_gets_points_for_the_others(bwrap, tmp_path):
-    wrong = mutants.write_class(tmp_path / "class", n_students=6)
-    _, rows = run_grader([tmp_path / "class" / name for name in wrong], tmp_path / "out")
+    wrong = mutants.write_class(tmp_path / "class", n_students=4)
+    rows = grade_here([tmp_path / "class" / name for name in wrong], tmp_path / "out")
     for student, functions in wrong.items():
         lost = {*functions, *({"token_logprobs"} if "completion_logits" in functions else ())}
         assert points(rows[student]) == FULL | dict.fromkeys(lost, 0)

@@ -4,6 +4,7 @@ import datetime
 import json
 import time
 
+import datasets
 import pytest
 import torch
 from transformers import (
@@ -105,7 +106,7 @@ def test_names_of_hub_data_sets(monkeypatch):
         asked.append((name, config, split))
         return [{"problem": "P?", "solution": r"\boxed{1}"}]
 
-    monkeypatch.setattr(exprl, "load_dataset", hub)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
     for source in ("gsm8k", "math", "someone/something"):
         assert len(exprl.load_problems(source, "test", "answer")) == 1
     assert asked[0] == ("openai/gsm8k", "main", "test")
