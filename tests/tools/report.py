@@ -215,6 +215,7 @@ PANELS = {
     "kl": "KL to the initial policy (nats per token)",
     "truncated": "truncated completions",
     "to_judge": "completions that address the judge",
+    "pass@k": "pass@k (evaluations)",
 }
 AXIS_AT_LEAST = {"length": 10.0, "kl": 0.01}  # upper end of the axis; the other numbers are shares
 
@@ -228,12 +229,15 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
     return means
 
 
-def draw_charts(shown: list[Shown], axes: list) -> None:
-    """Draw the learning curves (means over 9 iterations) and pass@k, each on its own axis."""
-    for axis, (name, title) in zip(axes, PANELS.items(), strict=False):
-        axis.set(title=title, xlabel="iteration")
+def draw_charts(shown: list[Shown], axes: dict) -> None:
+    """Draw the panels {name: axis}: learning curves (means over 9 iterations), and pass@k."""
+    for name, axis in axes.items():
+        axis.set(title=PANELS[name], xlabel="k" if name == "pass@k" else "iteration")
         top = AXIS_AT_LEAST.get(name, 1.0)
         for run in shown:
+            if name == "pass@k":
+                draw_pass_rates(run, axis)
+                continue
             points = [(r["iteration"] + run.offset, r[name]) for r in run.metrics if name in r]
             if not all(math.isnan(value) for _, value in points):
                 iterations, values = zip(*points, strict=True)
@@ -241,23 +245,31 @@ def draw_charts(shown: list[Shown], axes: list) -> None:
                 axis.plot(iterations, means, color=run.color)
                 top = max([top] + [value for value in means if not math.isnan(value)])
         axis.set_ylim(-0.03 * top, 1.06 * top)  # from 0, so that a change is seen at its size
-    pass_axis = axes[len(PANELS)]
-    pass_axis.set(title="pass@k (evaluations)", xlabel="k", ylim=(-0.03, 1.06))
     for run in shown:
-        axes[0].plot([], [], color=run.color, label=run.name)  # for the legend
-        if run.counts:
-            rates = pass_rates(run.counts)
-            ks = list(rates)
-            mean, low, high = zip(*rates.values(), strict=True)
-            pass_axis.semilogx(ks, mean, "o-", color=run.color, base=2)
-            pass_axis.set_xticks(ks, [str(k) for k in ks])
-            pass_axis.fill_between(ks, low, high, color=run.color, alpha=0.15)
+        next(iter(axes.values())).plot([], [], color=run.color, label=run.name)  # for the legend
 
 
-def write_figure(shown: list[Shown], path: Path) -> None:
+def draw_pass_rates(run: Shown, axis) -> None:
+    """Draw pass@k with its interval, if the model of this run was evaluated."""
+    if run.counts:
+        rates = pass_rates(run.counts)
+        ks = list(rates)
+        mean, low, high = zip(*rates.values(), strict=True)
+        axis.semilogx(ks, mean, "o-", color=run.color, base=2)
+        axis.set_xticks(ks, [str(k) for k in ks])
+        axis.fill_between(ks, low, high, color=run.color, alpha=0.15)
+
+
+def write_figure(shown: list[Shown], path: Path, panels: list[str]) -> None:
     """Write the curves as a picture: .png, .pdf or .svg."""
-    figure, axes = pyplot.subplot_mosaic("ABCD;EFGH", figsize=(17, 8), layout="constrained")
-    draw_charts(shown, list(axes.values()))
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.25 * columns, 4 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    draw_charts(shown, dict(zip(panels, axes.flat, strict=False)))
     figure.legend(loc="outside lower center")
     try:
         figure.savefig(path, dpi=120)
@@ -371,10 +383,8 @@ def write_page(shown: list[Shown], path: Path) -> None:
     """Write one HTML file that needs no other file, for a light or a dark background."""
     grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with pyplot.rc_context(dict.fromkeys(grey, "#808080")):
-        figures = [
-            pyplot.subplots(figsize=(5, 3.2), layout="constrained") for _ in range(len(PANELS) + 1)
-        ]
-        draw_charts(shown, [axis for _, axis in figures])
+        figures = [pyplot.subplots(figsize=(5, 3.2), layout="constrained") for _ in PANELS]
+        draw_charts(shown, dict(zip(PANELS, [axis for _, axis in figures], strict=True)))
     charts = []
     for figure, axis in figures:
         if axis.lines:
@@ -408,10 +418,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--figure", type=Path, default="curves.png", help="the picture (default: curves.png)"
     )
+    parser.add_argument(
+        "--panels", nargs="+", choices=PANELS, default=[*PANELS], help="what the picture shows"
+    )
     args = parser.parse_args(argv)
     try:
         shown = collect(args.path)
-        write_figure(shown, args.figure)
+        write_figure(shown, args.figure, args.panels)
         write_page(shown, args.out)
     except (OSError, UnicodeError) as error:
         exprl.stop(str(error))

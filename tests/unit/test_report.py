@@ -266,16 +266,17 @@ def test_one_color_for_a_run_and_its_evaluation_and_stage_2_after_stage_1(tmp_pa
     }
     assert len({s.color for s in shown}) == 4 and [bool(s.counts) for s in shown] == [0, 1, 1, 1]
     _, axes = pyplot.subplots(8)
-    report_page.draw_charts(shown, list(axes))
+    axes = dict(zip(report_page.PANELS, axes, strict=True))
+    report_page.draw_charts(shown, axes)
     colors = {s.name: s.color for s in shown}
-    drawn = [line for line in axes[0].lines if len(line.get_xdata())]  # not those of the legend
-    reward = {line.get_color(): line.get_xdata() for line in drawn}
+    lines = [line for line in axes["reward"].lines if len(line.get_xdata())]  # without the legend
+    reward = {line.get_color(): line.get_xdata() for line in lines}
     assert list(reward[colors[str(two)]]) == list(range(21, 31))
     assert list(reward[colors[str(alone)]]) == list(range(1, 31))
-    rates = [line.get_color() for line in axes[7].lines]
+    rates = [line.get_color() for line in axes["pass@k"].lines]
     assert sorted(rates) == sorted(colors[name] for name in (str(two), str(one), "base"))
-    limits = dict(zip(report_page.PANELS, (axis.get_ylim() for axis in axes), strict=False))
-    for name, (low, high) in limits.items():  # nothing is zoomed into
+    for name, axis in axes.items():  # nothing is zoomed into
+        low, high = axis.get_ylim()
         assert low < 0 and high == pytest.approx(
             {"length": 1.06 * 46.4, "kl": 0.0106}.get(name, 1.06)
         )
@@ -303,6 +304,16 @@ def test_a_circle_of_runs_is_not_an_endless_loop(tmp_path):
     make_run(one, two / "final", 5, reward=0.1)
     make_run(two, one / "final", 5, reward=0.1)
     assert len(report_page.collect([one, two])) == 2
+
+
+def test_a_figure_with_two_panels_is_half_as_wide_as_one_with_four(tmp_path):
+    run, widths = make_run(tmp_path / "run", "base", 3, accuracy=0.2), []
+    for panels in (["accuracy", "pass@k"], ["reward", "accuracy", "kl", "pass@k"]):
+        figure = tmp_path / "x.png"
+        files = ["--out", str(tmp_path / "x.html"), "--figure", str(figure)]
+        report_page.main([str(run), *files, "--panels", *panels])
+        widths.append(pyplot.imread(figure).shape[1])
+    assert widths[1] == 2 * widths[0]
 
 
 def test_a_figure_of_an_unknown_kind_gets_a_line(tmp_path):
