@@ -26,8 +26,8 @@ reached, 5 if all are reached and nothing is wrong, and in between it grows with
 
 A list of numbers, the question again, and words to the judge contain no such calculation. They
 score 1. What this judge cannot see:
-  - A right value by nonsense. 18 - 7 = 11 counts even if the story does not subtract. A policy can
-    try out calculations. A wrong one costs as much as a right one gains.
+  - Whether a correct value came from a senseless calculation. 18 - 7 = 11 counts even if the story
+    does not subtract. A policy can therefore try out calculations.
   - A sound route with other values. It scores 1 until it meets the reference again.
   - Anything that is not a calculation: "so 9 eggs are left", equations with letters, proofs,
     programs. Such a step scores 1, although it may be correct.
