@@ -257,7 +257,7 @@ def read_problem(record, needed):
 def load_problems(source, split, needed):
     """Load the problems of a JSON-lines file, or of a split of a hub data set.
 
-    Stops with one line that names the file, and the line of a malformed record.
+    Stops with one line that names the source, and the number of a malformed record.
     """
     problems = []
     try:

@@ -3,8 +3,8 @@
 sandbox.py starts it in a folder with a copy of the submission's graded files. The two programs
 exchange JSON, one line per message, over a socket that is this program's standard input. The grader
 sends arguments, and this program sends back what the function returns. It never sees what is due.
-sandbox.py also uses `encode` and `decode`. This program imports torch only for a tensor: the import
-takes seconds, and judge_prompts.py does not need it.
+sandbox.py also uses `encode` and `decode`. Torch takes seconds to import, so it is imported only
+with exprl.py (see models.py) or for a tensor: judge_prompts.py alone does not need it.
 """
 
 import importlib
