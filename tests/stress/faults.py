@@ -121,11 +121,6 @@ def wait_for(condition, seconds=60):
         time.sleep(0.01)
 
 
-def build_world(folder):
-    """Make a toy world of 24 problems, in a few seconds. Its base model is seldom correct."""
-    toy_world.build(folder, seed=0, steps=150, n_train=24, n_held_out=1)
-
-
 @dataclass
 class World:
     """A small toy world, its judge, and `twin`, a run that nothing happens to."""
@@ -136,7 +131,7 @@ class World:
 
     def __post_init__(self):
         if not (self.folder / "base").exists():
-            build_world(self.folder)
+            toy_world.build_small(self.folder)
         self.twin = self.place()
         assert self.train(self.twin)[0] == 0
 

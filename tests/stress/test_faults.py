@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 
 import faults
 import pytest
@@ -16,9 +17,9 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def world(base, tmp_path_factory):
+def world(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults") / "world"
-    shutil.copytree(base, folder)
+    shutil.copytree(tiny, folder)
     return faults.World(folder)
 
 
@@ -50,10 +51,10 @@ def test_resumed_runs_end_with_the_weights_of_the_twin_unless_a_verdict_failed()
     assert "| 20 of 20 bit for bit |" in PAGE
 
 
-def test_failures_and_kills_change_no_bit(base, monkeypatch, capsys):
+def test_failures_and_kills_change_no_bit(tiny, monkeypatch, capsys):
     """A short soak test: 6 iterations, 30% of the calls fail, a kill every 2 iterations."""
-    monkeypatch.setattr(faults, "build_world", lambda folder: shutil.copytree(
-        base, folder, dirs_exist_ok=True))  # fmt: skip
+    copy = partial(shutil.copytree, tiny, dirs_exist_ok=True)
+    monkeypatch.setattr(faults.toy_world, "build_small", copy)
     soak.soak(soak.SoakSettings(iterations=6, kill_every=2, percent=30))
     output = capsys.readouterr().out
     failures, kills = re.search(r"(\d+) failed calls and (\d+) kills", output).groups()

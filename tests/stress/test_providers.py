@@ -82,8 +82,8 @@ class Provider(faults.Server):
 
 
 @pytest.fixture(scope="module")
-def world(base, tmp_path_factory):
-    return faults.World(shutil.copytree(base, tmp_path_factory.mktemp("providers") / "world"))
+def world(tiny, tmp_path_factory):
+    return faults.World(shutil.copytree(tiny, tmp_path_factory.mktemp("providers") / "world"))
 
 
 def lines(file):

@@ -191,6 +191,11 @@ def build(
     (folder / "base.partial").rename(folder / "base")
 
 
+def build_small(folder: Path) -> None:
+    """Build a small world for tests, in half a minute."""
+    build(folder, seed=0, steps=250, n_train=24, n_held_out=64)
+
+
 # --------------------------------------------------------------------------------------------------
 # The judge
 

@@ -1,7 +1,5 @@
-"""What the tests share: a small toy world, its judge on a real HTTP server, and a way to train."""
+"""What the unit tests share: a judge on a real HTTP server, and ways to train."""
 
-import fcntl
-import hashlib
 import json
 import os
 import signal
@@ -9,41 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import program_judge
 import pytest
 import torch
+import toy_world
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import exprl
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
-ROOMS = [TESTS / room for room in ("toy", "tools", "course", "stress", "unit")]
-sys.path[:0] = map(str, [ROOT, *ROOMS])
-
-import program_judge  # noqa: E402
-import toy_world  # noqa: E402
-
-import exprl  # noqa: E402
-
 SETTINGS = [exprl.TrainingSettings, exprl.SamplingSettings, exprl.JudgeSettings]
 SMALL = [
     "--iterations", "2", "--prompts-per-iteration", "2", "--group-size", "4", "--micro-batch", "4",
     "--max-new-tokens", "60", "--temperature", "1", "--lr", "1e-3", "--kl", "0.1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def tiny(request):
-    """A toy world of 24 problems. Its base model knows the form and is sometimes correct.
-
-    It takes half a minute to make, so it stays in .pytest_cache until toy_world.py changes.
-    """
-    version = hashlib.sha256(Path(toy_world.__file__).read_bytes()).hexdigest()[:12]
-    folder = request.config.cache.mkdir(f"toy-world-{version}")
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another pytest may be making it
-        if not (folder / "finished").exists():
-            toy_world.build(folder, seed=0, steps=250, n_train=24, n_held_out=64)
-            (folder / "finished").touch()
-    return folder
 
 
 @pytest.fixture(scope="session")
