@@ -192,7 +192,7 @@ def build(
 
 
 def build_small(folder: Path) -> None:
-    """Build a small world for tests, in half a minute."""
+    """Build a small world for tests. This takes about half a minute."""
     build(folder, seed=0, steps=250, n_train=24, n_held_out=64)
 
 
