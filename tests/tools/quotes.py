@@ -145,12 +145,12 @@ def stated_value(text: str) -> Fraction | None:
 def normalise(text: str) -> str:
     """Drop marks, case and the white space that does not separate two numbers.
 
-    >>> normalise("So **12** pens,  then 3 4.")
-    'so12pens,then3 4'
+    >>> normalise("So **12** pens,  then 3 4."), normalise("4 = 12\\n### 12 + 1")
+    ('so12pens,then3 4', '4=12 12+1')
     """
     text = re.sub(r"[*_`\"'“”’#$\\]+", "", text).lower()
-    text = re.sub(r"(?<![\d.,])\s+|\s+(?!\d)", "", text)
-    return re.sub(r"\s+", " ", text).strip(".,:;")
+    text = re.sub(r"\s+", " ", text)
+    return re.sub(r"(?<![\d.,]) | (?!\d)", "", text).strip(".,:;")
 
 
 # A quotation has to contain its numbers whole. These two patterns stand around the quoted words.

@@ -57,6 +57,12 @@ def test_words_across_a_border_belong_to_the_later_step():
     assert quotes.find_items(reply, ITEMS, list(STEPS)) == [0, 1, None, None]
 
 
+def test_the_numbers_of_two_steps_are_not_joined():
+    steps = ["### 6 + 6 = 12\n", "### 12 * 3 = 36\n", "### 36 + 4 = 40"]
+    for words in ("12 * 3 = 36", "### 12 * 3 = 36", "= 36"):
+        assert quotes.find_items(f"1: {words}", ["(6 + 6) * 3 = 36"], steps) == [1]
+
+
 def test_the_first_quoted_step_counts():
     steps = ["it is 12", "or 7", "so 12 pens"]
     for reply in ("1: so 12 pens\n1: it is 12", "1: it is 12\n1: so 12 pens"):
