@@ -4,8 +4,8 @@
 #   bash train_small.sh compare         the toy world again: all methods and baselines, both stages,
 #                                       ablations of the judge, 3 seeds (1 to 2 hours on 2 cores)
 #   bash train_small.sh words           a real language model (135M parameters, downloaded once) on
-#                                       problems in words: CPU or GPU, no key (two to three hours on
-#                                       2 cores, by the pace of its parts)
+#                                       problems in words: CPU or GPU, no key (90 minutes on 2 idle
+#                                       cores, two or three times as long on slow or busy ones)
 #   bash train_small.sh Qwen2.5-0.5B    both stages and the control on GSM8K, for one GPU; the judge is
 #                                       OpenAI's (set OPENAI_API_KEY) or yours (JUDGE_URL, JUDGE_MODEL)
 # STAGE1 and STAGE2 in the environment set the numbers of iterations, RUNS sets the folder of the
@@ -76,7 +76,7 @@ if [ "$what" = toy ]; then
     --steps "${BASE_STEPS:-1000}" --length "$length"
   start_judge tests/toy/toy_world.py judge
 elif [ "$what" = words ]; then
-  heading "problems in words, and a base model that knows the form of a solution ($runs); two to three hours in all on 2 cores"
+  heading "problems in words, and a base model that knows the form of a solution ($runs); 1.5 to 3 hours in all on 2 cores"
   [ -f "$runs/heldout.jsonl" ] || "$python" tests/toy/words_world.py "$runs" --length "${LENGTH:-4}" --seed "$seed"
   [ -d "$base" ] || "$python" tests/tools/baselines.py --method sft --model "${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}" \
     --data "$runs/base.jsonl" --out "$runs/warm-up" --iterations "${WARM_UP:-16}" --prompts-per-iteration 16 --lr 1e-4 --seed "$seed" --resume
