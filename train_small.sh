@@ -5,7 +5,7 @@
 #                                       ablations of the judge, 3 seeds (1 to 2 hours on 2 cores)
 #   bash train_small.sh words           a real language model (135M parameters, downloaded once) on
 #                                       problems in words: CPU or GPU, no key (90 minutes on 2 idle
-#                                       cores, two or three times as long on slow or busy ones)
+#                                       cores, twice as long or more on slow or busy ones)
 #   bash train_small.sh Qwen2.5-0.5B    both stages and the control on GSM8K, for one GPU; the judge is
 #                                       OpenAI's (set OPENAI_API_KEY) or yours (JUDGE_URL, JUDGE_MODEL)
 # STAGE1 and STAGE2 in the environment set the numbers of iterations, RUNS sets the folder of the
