@@ -629,10 +629,16 @@ def test_a_second_ctrl_c_ends_the_program_at_once(tiny, train, tmp_path):
     run = tmp_path / "run"
     flags = ["--iterations", "3", "--save-every", "1", "--prompts-per-iteration", "1"]
     command = [sys.executable, str(ROOT / "exprl.py"), *train_command(tiny, server, run, *flags)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, stderr=file, stdout=file, env=unbuffered)
     try:
         assert waiting.wait(100)
         process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + 20
+        while "a second Ctrl-C" not in output.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
         time.sleep(0.5)
         assert process.poll() is None  # the first one waits for the end of the iteration
         process.send_signal(signal.SIGINT)
