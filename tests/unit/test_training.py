@@ -639,6 +639,7 @@ def test_a_second_ctrl_c_ends_the_program_at_once(tiny, train, tmp_path):
         deadline = time.monotonic() + 20
         while "a second Ctrl-C" not in output.read_text() and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert "a second Ctrl-C" in output.read_text()
         time.sleep(0.5)
         assert process.poll() is None  # the first one waits for the end of the iteration
         process.send_signal(signal.SIGINT)
