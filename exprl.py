@@ -699,6 +699,9 @@ def step_advantages(step_rewards, norm):
     Under end, a step before the last one gains only if it is better than the last: [1, 1, 0] ->
     [1, 1, 0], but [1, 1, 1] -> [0, 0, 1]. This can draw a policy to answers that come too early.
 
+    Under group, a wrong last step becomes less likely, and this step contains the end token. While
+    nearly all answers are wrong, completions can therefore grow until they are truncated.
+
     Delta does not compare completions with each other. A larger group raises the chance that some
     attempts at a hard problem contain both good and bad steps.
 
